@@ -1,0 +1,112 @@
+"""One step's branches in the order in which they become rows, priced by the latency model.
+
+Policies think in *widths*: rows per request, shape (G,). Every width vector selects the first `width[g]`
+branches of each request, so a prefix sum over the ordered branches prices any of them in O(G), and
+admitting extras under a budget is one sort and one cumulative sum instead of a scan per branch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from taper.core.latency import LatencyModel
+from taper.core.types import Bools, Ints, Plan, StepLoad, StepView
+
+PINNED_FIRST = -1
+LAST_QUANTUM = (1 << 40) - 1  # sort keys of one request stay below the next request's
+
+
+class StepBudget:
+    """The inner loop that all policies share; lives for one decision."""
+
+    def __init__(self, view: StepView, predict: LatencyModel, *, quantum_tokens: float) -> None:
+        self.view = view
+        self.prefill_limit_tokens = view.max_prefill_tokens
+        self._predict = predict
+        requests = len(view.tokens)
+        self.live = np.bincount(view.request, minlength=requests)
+        self._first = np.cumsum(self.live) - self.live
+        self._order = order_branches(view, quantum_tokens)
+        self._request = view.request[self._order]  # unchanged by the order: it sorts by request first
+        self._rank = np.arange(len(self._order)) - self._first[self._request]
+        decoding = view.prefill_tokens == 0
+        columns = np.stack([decoding, np.where(decoding, view.context_tokens, 0), view.prefill_tokens])
+        self._columns = columns[:, self._order]  # (3, B): row, context and prompt tokens each branch adds
+        self._sums = np.zeros((3, len(self._order) + 1), dtype=np.int64)
+        np.cumsum(self._columns, axis=1, out=self._sums[:, 1:])
+        pinned = np.bincount(view.request[view.pinned], minlength=requests) if view.pinned.any() else 0
+        self.protected = np.maximum(pinned, 1) * np.ones(requests, dtype=np.int64)
+
+    def load(self, width: Ints) -> StepLoad:
+        """What a step with these widths carries; prompt tokens up to the limit."""
+        rows, context, prefill = (self._sums[:, self._first + width] - self._sums[:, self._first]).sum(axis=1)
+        return StepLoad(
+            rows=int(rows),
+            context_tokens=int(context),
+            prefill_tokens=min(int(prefill), self.prefill_limit_tokens),
+        )
+
+    def seconds(self, width: Ints) -> float:
+        """Predicted T of a step with these widths."""
+        load = self.load(width)
+        return self._predict.predict(load.rows, load.context_tokens, load.prefill_tokens)
+
+    def admit(self, width: Ints, request_order: Ints, limit_s: float) -> Ints:
+        """Widen `width` by as many extras as keep T(S) <= limit_s, request by request in the given order.
+
+        Stops at the first extra that does not fit or for which there is no KV room.
+        """
+        candidates = np.flatnonzero(self._rank >= width[self._request])
+        if not len(candidates):
+            return width
+        place = np.empty_like(request_order)
+        place[request_order] = np.arange(len(request_order))
+        key = (place[self._request[candidates]] << 32) + self._rank[candidates]
+        candidates = candidates[np.argsort(key, kind="stable")]
+        rows, context, prefill = np.cumsum(self._columns[:, candidates], axis=1)
+        base = self.load(width)
+        seconds = self._predict.predict(base.rows + rows, base.context_tokens + context, base.prefill_tokens + prefill)
+        fits = seconds <= limit_s
+        starting = ~self.view.resident[self._order[candidates]]
+        if starting.any():
+            new_kv = np.cumsum(np.where(starting, self._columns[2, candidates], 0))
+            fits &= new_kv <= max(self.view.kv_free_tokens, 0)
+        count = len(fits) if fits.all() else int(np.argmin(fits))
+        return width + np.bincount(self._request[candidates[:count]], minlength=len(width))
+
+    def plan(
+        self, width: Ints, *, budget_s: float = np.inf, slack_min_s: float = np.inf, limit_prefill: bool = False
+    ) -> Plan:
+        """Floor and clamp once, last: at least the protected rows, at most every live branch."""
+        width = np.clip(width, self.protected, self.live)
+        load = self.load(width)
+        extra_prefill = int((self._sums[2, self._first + width] - self._sums[2, self._first + self.protected]).sum())
+        return Plan(
+            run=self._rows(width),
+            protected=self._rows(self.protected),
+            load=load,
+            baseline_s=self.seconds(self.protected),
+            predicted_s=self._predict.predict(load.rows, load.context_tokens, load.prefill_tokens),
+            budget_s=budget_s,
+            slack_min_s=slack_min_s,
+            prefill_limit_tokens=self.prefill_limit_tokens + extra_prefill if limit_prefill else None,
+        )
+
+    def _rows(self, width: Ints) -> Bools:
+        run = np.empty(len(self._order), dtype=np.bool_)
+        run[self._order] = self._rank < width[self._request]
+        return run
+
+
+def order_branches(view: StepView, quantum_tokens: float) -> Ints:
+    """Branches by request and, within one: pinned, then least advanced in quanta, started, in mid-quantum.
+
+    Progress counts in quanta because a row that leaves and re-enters costs the engine a copy: a branch that
+    is running keeps its place to the end of its quantum, and then is behind its siblings. So every branch
+    of a request advances at least once in every (live branches) quanta, even at width 1.
+    """
+    quanta, within = np.divmod(view.progress_tokens, int(quantum_tokens))
+    keeps_place = view.ran_last & (within != 0)
+    key = (quanta << 2) + ((~view.resident).astype(np.int64) << 1) + ~keeps_place
+    key = np.where(view.pinned, PINNED_FIRST, np.minimum(key, LAST_QUANTUM))
+    return np.argsort((view.request << 41) + key, kind="stable")

@@ -1,0 +1,81 @@
+"""Step load -> predicted seconds.
+
+    T = s * (a + b * pad(rows) + c * context_tokens + q * d * prefill_tokens)
+
+a, b, c are the published linear law (arXiv 2605.06914); d prices the prompt tokens mixed into a step;
+pad() is the CUDA-graph staircase (a decode batch is padded up to the next captured size); s and q are the
+online corrections of the whole and of the prefill term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, overload
+
+import numpy as np
+
+from taper.core.types import ConfigError, Floats, Ints, StepLoad
+
+
+class LatencyModel(Protocol):
+    """Anything that prices a step. Must be non-decreasing in each argument: admission relies on it."""
+
+    @overload
+    def predict(self, rows: int, context_tokens: int, prefill_tokens: int) -> float: ...
+    @overload
+    def predict(self, rows: Ints, context_tokens: Ints, prefill_tokens: Ints) -> Floats: ...
+
+    def prefill_tokens_within(self, seconds: float) -> float:
+        """Prompt tokens that fit into `seconds` on top of a decode step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearLatency:
+    """The linear law above. Coefficients in seconds per unit, all >= 0, base > 0."""
+
+    base_s: float
+    row_s: float
+    context_s: float
+    prefill_s: float
+    capture_sizes: tuple[int, ...] = ()  # ascending; empty without CUDA graphs
+    scale: float = 1.0
+    prefill_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("base_s", "row_s", "context_s", "prefill_s", "scale", "prefill_scale"):
+            value = getattr(self, name)
+            if not np.isfinite(value) or value < 0:
+                raise ConfigError(f"latency model: {name} must be finite and >= 0, not {value!r}")
+        if self.base_s == 0:
+            raise ConfigError("latency model: base_s must be > 0")
+        if list(self.capture_sizes) != sorted(set(self.capture_sizes)):
+            raise ConfigError("latency model: capture_sizes must be strictly ascending")
+
+    @overload
+    def predict(self, rows: int, context_tokens: int, prefill_tokens: int) -> float: ...
+    @overload
+    def predict(self, rows: Ints, context_tokens: Ints, prefill_tokens: Ints) -> Floats: ...
+
+    def predict(self, rows: Any, context_tokens: Any, prefill_tokens: Any) -> Any:
+        """Seconds for one step or, given equally long columns, for each of several."""
+        padded = self.padded(rows) if self.capture_sizes else rows
+        prefill_s = self.prefill_scale * self.prefill_s * prefill_tokens
+        return self.scale * (self.base_s + self.row_s * padded + self.context_s * context_tokens + prefill_s)
+
+    def predict_load(self, load: StepLoad) -> float:
+        return self.predict(load.rows, load.context_tokens, load.prefill_tokens)
+
+    def padded(self, rows: int | Ints) -> int | Ints:
+        """Rows the device computes: the next captured size, or `rows` beyond the largest."""
+        sizes = np.asarray(self.capture_sizes)
+        at = np.searchsorted(sizes, rows)
+        padded = np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], rows)
+        return padded if isinstance(rows, np.ndarray) else int(padded)
+
+    def prefill_tokens_within(self, seconds: float) -> float:
+        per_token_s = self.scale * self.prefill_scale * self.prefill_s
+        return seconds / per_token_s if per_token_s > 0 else np.inf
+
+    def corrected(self, *, scale: float, prefill_scale: float) -> LinearLatency:
+        return replace(self, scale=scale, prefill_scale=prefill_scale)

@@ -1,0 +1,160 @@
+"""Policies: pure functions from one step's view to a plan.
+
+A policy decides a *width* per request: how many of its live branches are rows of this step. Which
+branches those are is the same for all of them (`budget.order_branches`), so a policy is arithmetic on
+columns of shape (G,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from taper.core import slack
+from taper.core.budget import StepBudget
+from taper.core.latency import LatencyModel
+from taper.core.types import Bools, ConfigError, Knobs, Plan, StepView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guidance:
+    """What the controller has learned that a policy may use."""
+
+    margin: float  # share of the SLO kept back, knob plus integral action
+    mean_output_tokens: float  # of recent requests
+    floor_s: float = 0.0  # step time below which throttling only loses (outer loop)
+
+
+class Policy(Protocol):
+    """A named decision rule. `is_stock` is True where the engine should behave as if TAPER were absent."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_stock(self) -> bool: ...
+    def __call__(self, view: StepView, predict: LatencyModel, knobs: Knobs, guidance: Guidance) -> Plan: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Eager:
+    """Every branch, every step: what a serving engine does without TAPER."""
+
+    name: str = "eager"
+    is_stock: bool = True
+
+    def __call__(self, view: StepView, predict: LatencyModel, knobs: Knobs, guidance: Guidance) -> Plan:
+        budget = StepBudget(view, predict, quantum_tokens=knobs.quantum_tokens)
+        return budget.plan(budget.live)
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCap:
+    """At most `width` rows per request, whatever the batch; width 1 is the published IRP-Off."""
+
+    width: int
+    is_stock: bool = False
+
+    @property
+    def name(self) -> str:
+        return "off" if self.width == 1 else f"cap:{self.width}"
+
+    def __call__(self, view: StepView, predict: LatencyModel, knobs: Knobs, guidance: Guidance) -> Plan:
+        budget = StepBudget(view, predict, quantum_tokens=knobs.quantum_tokens)
+        return budget.plan(np.full_like(budget.live, self.width))
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedTaper:
+    """The published rule (arXiv 2605.06914), a baseline: budget = T0 + rho * max(0, min slack - T0).
+
+    With linear T and linear utility the greedy order is by context length alone: one sort.
+    """
+
+    name: str = "taper-paper"
+    is_stock: bool = False
+
+    def __call__(self, view: StepView, predict: LatencyModel, knobs: Knobs, guidance: Guidance) -> Plan:
+        budget = StepBudget(view, predict, quantum_tokens=knobs.quantum_tokens)
+        baseline_s = budget.seconds(budget.protected)
+        slack_min_s = float(slack.published_slack_s(view).min())
+        limit_s = baseline_s + knobs.rho * max(0.0, slack_min_s - baseline_s)
+        context = np.zeros(len(view.tokens), dtype=np.int64)
+        np.maximum.at(context, view.request, view.context_tokens)
+        width = budget.admit(budget.protected, np.argsort(context, kind="stable"), limit_s)
+        return budget.plan(width, budget_s=limit_s, slack_min_s=slack_min_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Taper:
+    """Ours: a step may take SLO * (rows a request gets) + a paced share of the request's credit.
+
+    1. Requests that miss even at width 1 leave the minimum; they keep their protected row.
+    2. The budget is the least time any other request allows, a branching one counted at its full width.
+    3. Extras are admitted while T(S) fits it: indebted requests first, then the oldest.
+    While anything branches, prompt tokens mixed into the step are bounded by the same slack.
+    """
+
+    name: str = "taper"
+    is_stock: bool = False
+
+    def __call__(self, view: StepView, predict: LatencyModel, knobs: Knobs, guidance: Guidance) -> Plan:
+        budget = StepBudget(view, predict, quantum_tokens=knobs.quantum_tokens)
+        credit = slack.credit_s(view)
+        budget.prefill_limit_tokens = 0
+        decode_s = budget.seconds(budget.protected)
+        remaining = np.maximum(knobs.lookahead_tokens, 2.0 * guidance.mean_output_tokens - view.tokens)
+        lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
+        binding = ~lost & decoding(view)
+        allowed_s = slack.allowed_s(view, credit, budget.live, knobs=knobs, margin=guidance.margin)
+        slack_min_s = float(np.min(allowed_s, where=binding, initial=np.inf))
+        limit_s = max(slack_min_s, guidance.floor_s)
+        budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, limit_s - decode_s)
+        order = np.lexsort((view.arrival_s, credit >= 0.0, -view.priority, lost))
+        width = budget.admit(budget.protected, order, limit_s)
+        # Without branches the engine runs as stock, prompt chunks included.
+        branching = len(view.request) > len(view.tokens)
+        return budget.plan(width, budget_s=limit_s, slack_min_s=slack_min_s, limit_prefill=branching)
+
+
+def decoding(view: StepView) -> Bools:
+    """(G,) requests that a longer step delays by that much; one still at its prompt wants it computed instead."""
+    return np.bincount(view.request[view.prefill_tokens == 0], minlength=len(view.tokens)) > 0
+
+
+def prefill_limit(view: StepView, predict: LatencyModel, knobs: Knobs, room_s: float) -> int:
+    """Prompt tokens this step may carry: what decode slack leaves room for.
+
+    Never below the knob, and never below a horizon's share of the backlog: slack that starves prefill of
+    forks, joins and new requests would run up the very debt that shrinks it.
+    """
+    backlog = float(view.prefill_tokens.sum())
+    floor = max(knobs.prefill_floor_tokens, backlog / knobs.horizon_steps)
+    tokens = max(predict.prefill_tokens_within(max(room_s, 0.0)), floor)
+    return int(min(tokens, view.max_prefill_tokens))
+
+
+PolicyFactory = Callable[[], Policy]
+
+BUILTIN: Mapping[str, PolicyFactory] = {
+    "off": lambda: FixedCap(1),
+    "eager": Eager,
+    "taper-paper": PublishedTaper,
+    "taper": Taper,
+}
+
+
+def resolve(name: str, extra: Mapping[str, PolicyFactory] | None = None) -> Policy:
+    """The policy of that name: a built-in, `cap:N`, or one of `extra` (a user's own, entry point `taper.policies`).
+
+    Raises `ConfigError` naming what exists.
+    """
+    known = {**(extra or {}), **BUILTIN}
+    if name in known:
+        return known[name]()
+    head, _, tail = name.partition(":")
+    if head == "cap" and tail.isascii() and tail.isdigit() and int(tail) >= 1:
+        return FixedCap(int(tail))
+    raise ConfigError(f"unknown policy {name!r}; known: cap:N (N >= 1), {', '.join(sorted(known))}")

@@ -1,0 +1,169 @@
+import numpy as np
+import pytest
+
+from taper.core.latency import LinearLatency
+from taper.core.policies import Guidance, resolve
+from taper.core.types import ConfigError, Knobs
+from tests.core.views import Req, branching, make_view, serial
+
+# 10 ms + 1 ms per row: every predicted time below can be checked in the head.
+LAW = LinearLatency(base_s=0.010, row_s=0.001, context_s=0.0, prefill_s=0.0005)
+NEUTRAL = Knobs(margin=0.0, reserve_slos=0.0, prefill_floor_tokens=8, throughput_floor=0)
+LEARNED = Guidance(margin=0.0, mean_output_tokens=100.0)
+
+
+def plan_of(policy, view, knobs=NEUTRAL, guidance=LEARNED):
+    return resolve(policy)(view, LAW, knobs, guidance)
+
+
+def widths(view, plan):
+    return np.bincount(view.request[plan.run], minlength=len(view.tokens)).tolist()
+
+
+def test_off_runs_one_row_per_request():
+    view = make_view(serial(), branching(6), branching(3))
+    plan = plan_of("off", view)
+    assert widths(view, plan) == [1, 1, 1]
+    assert plan.predicted_s == plan.baseline_s == pytest.approx(0.013)
+    assert plan.externality_s == 0.0
+
+
+def test_cap_runs_at_most_n_rows_per_request():
+    view = make_view(serial(), branching(6), branching(3))
+    assert widths(view, plan_of("cap:4", view)) == [1, 4, 3]
+    assert plan_of("cap:1", view).run.tolist() == plan_of("off", view).run.tolist()
+
+
+def test_eager_runs_everything_and_knows_what_it_costs():
+    view = make_view(serial(), branching(6))
+    plan = plan_of("eager", view)
+    assert plan.run.all()
+    assert plan.externality_s == pytest.approx(0.005)
+    assert resolve("eager").is_stock
+    assert not resolve("off").is_stock
+
+
+def test_paper_budget_is_t0_plus_rho_of_the_least_slack():
+    # T0 = 12 ms; the serial request's next token is due in 17 ms, so the budget is 12 + 0.8 * 5 = 16 ms: 4 extras.
+    view = make_view(serial(tokens=10), branching(20, tokens=10), now_s=10 * 0.05 - 0.017)
+    plan = plan_of("taper-paper", view)
+    assert plan.slack_min_s == pytest.approx(0.017)
+    assert plan.budget_s == pytest.approx(0.016)
+    assert widths(view, plan) == [1, 5]
+
+
+def test_paper_admits_short_contexts_first():
+    view = make_view(branching(9, context=900), branching(9, context=100), now_s=0.5 - 0.017)
+    assert widths(view, plan_of("taper-paper", view)) == [1, 5]
+
+
+def test_taper_admits_while_the_step_fits_the_least_allowance():
+    # Serial at zero credit allows its SLO: 50 ms, so 40 rows in all.
+    view = make_view(serial(tokens=1), branching(60, tokens=1))
+    plan = plan_of("taper", view)
+    assert plan.budget_s == pytest.approx(0.050)
+    assert widths(view, plan) == [1, 39]
+    assert plan.predicted_s == pytest.approx(0.050)
+
+
+def test_taper_counts_a_branching_request_at_the_width_it_can_get():
+    view = make_view(branching(30, tokens=1))
+    plan = plan_of("taper", view)
+    assert plan.budget_s == pytest.approx(30 * 0.05)
+    assert plan.run.all()
+
+
+def test_taper_spends_credit_over_the_horizon():
+    # One second of credit over 16 steps: 62.5 ms more than the SLO.
+    view = make_view(serial(tokens=41), branching(200, tokens=41), now_s=1.0)
+    assert plan_of("taper", view).budget_s == pytest.approx(0.05 + 1.0 / 16)
+
+
+def test_taper_leaves_out_a_hopeless_request_and_serves_its_extras_last():
+    hopeless = branching(10, tokens=10, first_token_s=-100.0)
+    view = make_view(hopeless, serial(tokens=1), branching(60, tokens=1))
+    plan = plan_of("taper", view)
+    assert plan.budget_s == pytest.approx(0.050)
+    assert widths(view, plan) == [1, 1, 38]
+
+
+def test_taper_runs_everything_when_every_request_is_lost():
+    view = make_view(*[branching(10, tokens=10, first_token_s=-100.0) for _ in range(4)])
+    plan = plan_of("taper", view)
+    assert plan.run.all()
+    assert plan.budget_s == np.inf
+
+
+def test_taper_serves_debt_before_age_and_priority_before_debt():
+    old = branching(40, tokens=1, arrival_s=-9.0)
+    indebted = branching(40, tokens=1, first_token_s=-0.1, arrival_s=-1.0)
+    view = make_view(old, indebted, serial(tokens=1))
+    assert widths(view, plan_of("taper", view)) == [1, 38, 1]
+    urgent = branching(40, tokens=1, priority=1.0)
+    view = make_view(old, indebted, urgent, serial(tokens=1))
+    assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
+
+
+def test_the_floor_raises_the_budget():
+    view = make_view(serial(tokens=1), branching(90, tokens=1))
+    plan = plan_of("taper", view, guidance=Guidance(margin=0.0, mean_output_tokens=100.0, floor_s=0.08))
+    assert plan.budget_s == 0.08
+    assert plan.slack_min_s == pytest.approx(0.05)
+    assert widths(view, plan) == [1, 69]
+
+
+def test_prefill_takes_what_decode_slack_leaves_but_never_less_than_its_floor():
+    waiting = Req(branches=[(0, 0)], tokens=0, first_token_s=float("nan"), prefill={0: 200}, held={0})
+    fork = branching(2, tokens=41)  # well in credit
+    view = make_view(serial(tokens=1), fork, waiting)
+    # 50 ms allowed, 12 ms for the protected rows: 38 ms at 0.5 ms a token, and nothing left for the extra.
+    plan = plan_of("taper", view)
+    assert plan.prefill_limit_tokens == 76
+    assert plan.load.prefill_tokens == 76
+    assert widths(view, plan) == [1, 1, 1]
+    late = make_view(serial(tokens=10, first_token_s=-1.2), fork, waiting)  # 750 ms in debt: nothing to spare
+    assert plan_of("taper", late).prefill_limit_tokens == 200 // 16
+    assert plan_of("taper", make_view(serial(tokens=1), waiting)).prefill_limit_tokens is None
+
+
+def test_stock_policies_leave_prefill_to_the_engine():
+    view = make_view(serial(), Req(branches=[(0, 0)], prefill={0: 500}, held={0}))
+    for name in ("off", "cap:2", "eager", "taper-paper"):
+        assert plan_of(name, view).prefill_limit_tokens is None
+
+
+def test_held_branches_wait_for_kv_room():
+    held = branching(6, tokens=1, held={2, 3, 4, 5}, prefill=dict.fromkeys(range(2, 6), 10))
+    view = make_view(held, kv_free_tokens=25)
+    plan = plan_of("taper", view)
+    assert plan.run.tolist() == [True, True, True, True, False, False]
+
+
+def test_least_advanced_branch_first_and_a_running_one_keeps_its_quantum():
+    knobs = Knobs(quantum_tokens=16)
+    behind = Req(branches=[(50, 20), (50, 3), (50, 20)])
+    assert plan_of("off", make_view(behind), knobs=knobs).run.tolist() == [False, True, False]
+    together = Req(branches=[(50, 5), (50, 3), (50, 4)], ran={0})
+    assert plan_of("off", make_view(together), knobs=knobs).run.tolist() == [True, False, False]
+
+
+def test_pinned_branches_run_whatever_the_policy():
+    view = make_view(Req(branches=[(50, 0), (50, 90), (50, 99)], pinned={1, 2}), serial())
+    plan = plan_of("off", view)
+    assert plan.run.tolist() == [False, True, True, True]
+    assert plan.protected.tolist() == plan.run.tolist()
+
+
+def test_own_policies_can_be_plugged_in_but_not_shadow_a_built_in():
+    class Mine:
+        name = "mine"
+        is_stock = False
+
+    assert resolve("mine", {"mine": Mine}).name == "mine"
+    assert resolve("off", {"off": Mine}).name == "off"
+
+
+@pytest.mark.parametrize("name", ["", "cap", "cap:", "cap:0", "cap:-1", "cap:x", "cap:1.5", "cap:²", "Taper", "tapers"])
+def test_unknown_policies_are_refused_with_what_exists(name):
+    with pytest.raises(ConfigError, match=r"known: cap:N .*eager, off, taper, taper-paper"):
+        resolve(name)
