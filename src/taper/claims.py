@@ -1,0 +1,74 @@
+"""What a client may ask for in `vllm_xargs`, and how far: SLO, priority and group of one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from taper.core.types import ConfigError, Slo, check_range
+
+MAX_GROUP_CHARS = 128
+FIELDS = ("taper_group", "taper_tpot_slo_ms", "taper_ttft_slo_ms", "taper_priority")
+MS_PER_S = 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimLimits:
+    """Server policy: what a claim is bounded by. A client may loosen its SLO; tightening needs `tighten`."""
+
+    tighten: bool = False  # may a claimed SLO be below the server's
+    loosest_slo: float = 100.0  # a claimed SLO is at most this many times the server's
+    max_priority: float = 0.0  # largest priority a client may claim; 0 = no claims above ordinary
+
+    def __post_init__(self) -> None:
+        check_range("limits.loosest_slo", self.loosest_slo, low=1, high=1e6, unit="x the server's SLO")
+        check_range("limits.max_priority", self.max_priority, low=0, high=1000, unit="")
+        if not isinstance(self.tighten, bool):
+            raise ConfigError(f"limits.tighten must be true or false, not {self.tighten!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """A request's claims after the server's bounds. `group` is None for an untagged request."""
+
+    group: str | None
+    slo: Slo
+    priority: float
+
+
+def parse_claims(extra_args: Mapping[str, object] | None, limits: ClaimLimits, default_slo: Slo) -> Claims:
+    """Read the `taper_*` fields of a request; other fields are not ours and are left alone.
+
+    Raises `ConfigError` with one line that names the field: unknown `taper_*` field, wrong type, not finite,
+    or beyond what `limits` let a client claim.
+    """
+    extra = extra_args or {}
+    for name in extra:
+        if isinstance(name, str) and name.startswith("taper_") and name not in FIELDS:
+            raise ConfigError(f"unknown field {name!r} in vllm_xargs; TAPER knows {', '.join(FIELDS)}")
+    slo = default_slo
+    for name, target in (("taper_tpot_slo_ms", "tpot_s"), ("taper_ttft_slo_ms", "ttft_s")):
+        if name in extra:
+            slo = replace(slo, **{target: _slo_s(name, extra[name], getattr(default_slo, target), limits)})
+    priority = 0.0
+    if "taper_priority" in extra:
+        priority = check_range(
+            "taper_priority", extra["taper_priority"], low=-1000, high=limits.max_priority, unit=""
+        )
+    return Claims(group=_group(extra.get("taper_group")), slo=slo, priority=priority)
+
+
+def _slo_s(name: str, value: object, server_s: float, limits: ClaimLimits) -> float:
+    least_s = 1e-4 if limits.tighten else server_s
+    most_ms = server_s * limits.loosest_slo * MS_PER_S
+    return check_range(name, value, low=least_s * MS_PER_S, high=most_ms, unit="ms") / MS_PER_S
+
+
+def _group(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ConfigError(f"taper_group must be a string, not {value!r}")
+    if not 1 <= len(value) <= MAX_GROUP_CHARS or not value.isprintable():
+        raise ConfigError(f"taper_group must be 1 to {MAX_GROUP_CHARS} printable characters")
+    return value
