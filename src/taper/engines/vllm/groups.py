@@ -1,0 +1,229 @@
+"""The group table: which live branches belong to one logical request, and what the request has done so far.
+
+A branch's group is, in this order: its `taper_group` tag; its n>1 parent; itself. vLLM names n>1 children
+`{index}_{parent}`; a client may choose an id of that form too, so children are told by what only copies of
+one request share: the parent's id *and* the exact arrival time. A serial request named "3_foo" is thus a
+group of one.
+
+A group lives as long as it has a live branch. A tagged request that pauses between two stages (all its
+branches over, the next not yet sent) starts anew with the next stage: its clock must not run while the
+client thinks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from taper.claims import Claims
+from taper.core.types import FinishedRequest, Floats, Ints, Slo
+from taper.engines.vllm import compat
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """One vLLM request."""
+
+    request: Any
+    group: Group
+    output_tokens: list[int]  # vLLM's own list
+    spared_tokens: int = 0  # prompt tokens whose KV a sibling can lend, at most
+    settled_tokens: int = 0  # output tokens already in the group's accounts
+    stage_tokens: int = 0  # output tokens since the parallel stage began
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One logical request: its live branches and its accounts."""
+
+    key: Hashable
+    arrival_s: float
+    claims: Claims
+    extra_args: dict[str, Any] | None  # of the branch that opened the group; they bind all of it
+    branches: dict[str, Branch] = field(default_factory=dict)
+    first_token_s: float = math.nan
+    ended_tokens: int = 0  # output tokens of ended branches
+    computed_tokens: int = 0  # longest KV an ended branch left in the prefix cache
+    serial_tokens: int = 0
+    critical_path_tokens: int = 0
+    longest_ended_tokens: int = 0  # of this parallel stage
+    externality_before_s: float = 0.0  # the table's externality clock at the first token
+    is_whole: bool = True  # no branch was aborted
+
+    def settle(self) -> None:
+        """Book the tokens since the last call under the width the group has had meanwhile."""
+        is_serial = len(self.branches) == 1
+        for branch in self.branches.values():
+            tokens = len(branch.output_tokens) - branch.settled_tokens
+            branch.settled_tokens += tokens
+            if is_serial:
+                self.serial_tokens += tokens
+                self.critical_path_tokens += tokens
+            else:
+                branch.stage_tokens += tokens
+
+    def close_stage(self) -> None:
+        """A parallel stage ends when one branch is left; that branch goes on as a serial stage."""
+        (last,) = self.branches.values()
+        self.critical_path_tokens += max(self.longest_ended_tokens, last.stage_tokens)
+        self.longest_ended_tokens = last.stage_tokens = 0
+
+
+class GroupTable:
+    """Live groups and branches, kept up to date by events: a request added, an update, a request over."""
+
+    def __init__(self, *, block_tokens: int, hash_block_tokens: int, caches_prefixes: bool) -> None:
+        self.groups: dict[Hashable, Group] = {}
+        self.branches: dict[str, Branch] = {}
+        self.parallel_groups = 0  # groups with several live branches
+        self.externality_s = 0.0  # sum of E over all steps so far
+        self._block_tokens = block_tokens
+        self._hash_block_tokens = hash_block_tokens
+        self._caches_prefixes = caches_prefixes
+        self._silent: dict[Hashable, Group] = {}  # no token yet
+        self._columns: Columns | None = None
+
+    def add(self, request: Any, claims: Claims, now_s: float) -> None:
+        """A request entered the engine."""
+        key = group_key(request, claims)
+        group = self.groups.get(key)
+        if group is None:
+            group = Group(key=key, arrival_s=now_s, claims=claims, extra_args=compat.extra_args(request))
+            self.groups[key] = self._silent[key] = group
+        group.settle()
+        branch = Branch(request=request, group=group, output_tokens=compat.output_tokens(request))
+        self._note_shared_prefix(group, branch)
+        group.branches[request.request_id] = self.branches[request.request_id] = branch
+        self.parallel_groups += len(group.branches) == 2
+        self._columns = None
+
+    def end(self, request_id: str, now_s: float, *, is_whole: bool) -> FinishedRequest | None:
+        """A request left the engine; the finished logical request if this was its last branch.
+
+        None while siblings live, where a branch did not end well (`is_whole` False), and without any token.
+        """
+        branch = self.branches.pop(request_id, None)
+        if branch is None:
+            return None
+        group = branch.group
+        group.settle()
+        del group.branches[request_id]
+        group.is_whole &= is_whole
+        group.ended_tokens += len(branch.output_tokens)
+        group.computed_tokens = max(group.computed_tokens, branch.request.num_computed_tokens)
+        self._columns = None
+        if not group.branches:
+            return self._close(group, now_s)
+        group.longest_ended_tokens = max(group.longest_ended_tokens, branch.stage_tokens)
+        if len(group.branches) == 1:
+            self.parallel_groups -= 1
+            group.close_stage()
+        return None
+
+    def note_first_tokens(self, now_s: float) -> None:
+        """After an update: start the clock of every group that has just received its first token."""
+        started = [group for group in self._silent.values() if any(b.output_tokens for b in group.branches.values())]
+        for group in started:
+            self._start(group, now_s)
+
+    def set_claims(self, group: Group, claims: Claims) -> None:
+        group.claims = claims
+        self._columns = None
+
+    def clear(self) -> None:
+        self.groups.clear()
+        self.branches.clear()
+        self._silent.clear()
+        self.parallel_groups = 0
+        self._columns = None
+
+    @property
+    def columns(self) -> Columns:
+        """What does not change from step to step; rebuilt when a branch comes or goes."""
+        if self._columns is None:
+            self._columns = Columns(list(self.groups.values()))
+        return self._columns
+
+    def _start(self, group: Group, now_s: float) -> None:
+        del self._silent[group.key]
+        group.first_token_s = now_s
+        group.externality_before_s = self.externality_s
+        self._columns = None
+
+    def _close(self, group: Group, now_s: float) -> FinishedRequest | None:
+        if group.key in self._silent:
+            self._start(group, now_s)
+        del self.groups[group.key]
+        if not group.is_whole or not group.ended_tokens:
+            return None
+        return FinishedRequest(
+            tokens=group.ended_tokens,
+            serial_tokens=group.serial_tokens,
+            critical_path_tokens=group.critical_path_tokens,
+            residence_s=now_s - group.first_token_s,
+            externality_s=self.externality_s - group.externality_before_s,
+            tpot_slo_s=group.claims.slo.tpot_s,
+        )
+
+    def _note_shared_prefix(self, group: Group, branch: Branch) -> None:
+        """How much of the prompt siblings can lend each other: whole blocks, and never the last token."""
+        request = branch.request
+        if not self._caches_prefixes or request.skip_reading_prefix_cache:
+            return
+        for sibling in group.branches.values():
+            shared = compat.common_prefix_blocks(request, sibling.request) * self._hash_block_tokens
+            for one in (branch, sibling):
+                most = (one.request.num_prompt_tokens - 1) // self._block_tokens * self._block_tokens
+                one.spared_tokens = max(one.spared_tokens, min(shared, most))
+            break
+
+
+def group_key(request: Any, claims: Claims) -> Hashable:
+    if claims.group is not None:
+        return ("tag", claims.group)
+    parent = compat.parent_id(request)
+    return ("id", request.request_id) if parent is None else ("n", parent, request.arrival_time)
+
+
+class Columns:
+    """Per-group and per-branch constants as numpy columns; branches ordered by group."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        branches = [branch for group in groups for branch in group.branches.values()]
+        self.groups = groups
+        self.requests = [branch.request for branch in branches]
+        self.output_tokens = [branch.output_tokens for branch in branches]
+        self.ids = [request.request_id for request in self.requests]
+        live = np.fromiter((len(group.branches) for group in groups), np.int64, len(groups))
+        self.request: Ints = np.repeat(np.arange(len(groups)), live)
+        self.first: Ints = np.cumsum(live) - live
+        self.prompt_tokens = _ints([request.num_prompt_tokens for request in self.requests])
+        self.end_tokens = _ints([compat.end_tokens(request) for request in self.requests])
+        self.spared_tokens = _ints([branch.spared_tokens for branch in branches])
+        self.arrival_s = np.array([group.arrival_s for group in groups])
+        self.first_token_s = np.array([group.first_token_s for group in groups])
+        self.ended_tokens = _ints([group.ended_tokens for group in groups])
+        self.computed_tokens = _ints([group.computed_tokens for group in groups])
+        slos: list[Slo] = [group.claims.slo for group in groups]
+        self.tpot_slo_s: Floats = np.array([slo.tpot_s for slo in slos])
+        self.ttft_slo_s: Floats = np.array([slo.ttft_s for slo in slos])
+        self.priority: Floats = np.array([group.claims.priority for group in groups])
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Request id -> index of its branch."""
+        return {name: index for index, name in enumerate(self.ids)}
+
+    @cached_property
+    def adapter(self) -> Ints:
+        """LoRA adapter of each branch, 0 without."""
+        return _ints([compat.adapter(request) for request in self.requests])
+
+
+def _ints(values: list[int]) -> Ints:
+    return np.array(values, dtype=np.int64)

@@ -1,0 +1,293 @@
+"""Between vLLM's scheduler and the controller: bookkeeping, planning and enforcement of one engine replica.
+
+Nothing that goes wrong here may cost a request: every hook runs guarded. A fault is counted and logged once,
+and the step runs as stock vLLM would run it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from taper.claims import Claims, parse_claims
+from taper.config import ServerConfig, resolve_policy
+from taper.core.controller import Controller
+from taper.core.latency import LinearLatency
+from taper.core.policies import Policy
+from taper.core.types import ConfigError, FinishedRequest, Knobs, Slo, StepLoad, StepOutcome
+from taper.engines.vllm import compat, enforce, view
+from taper.engines.vllm.enforce import Enforced
+from taper.engines.vllm.groups import GroupTable
+from taper.engines.vllm.meter import Step, StepMeter, Window
+from taper.engines.vllm.seam import SchedulerSeam, preempted, step_rows
+from taper.profile import Profile, parse_profile
+
+logger = logging.getLogger(__name__)
+
+# A guess for a machine nobody has measured: rows are dear, so little is admitted until steps were seen.
+UNCALIBRATED = LinearLatency(base_s=0.02, row_s=5e-4, context_s=2e-6, prefill_s=4e-4)
+TOKENS_PER_ROW_RATE = 0.05  # weight of one step in the running mean, with speculative decoding
+MAX_START_PAUSE_STEPS = 32
+
+
+class Regulator:
+    """State and hooks; `TaperScheduler` calls them around vLLM's own methods."""
+
+    def __init__(self, seam: SchedulerSeam, config: ServerConfig, clock: Callable[[], float]) -> None:
+        """Raises `ConfigError` for an unknown policy or a broken profile."""
+        self.seam = seam
+        self.config = config
+        self.clock = clock
+        self.slo: Slo = config.slo
+        self.seam_report = compat.check_seams()
+        self.profile: Profile | None = parse_profile(config.profile) if config.profile else None
+        self.controller = _controller(self.profile, resolve_policy(config.policy), config.knobs)
+        self.table = GroupTable(
+            block_tokens=seam.block_tokens,
+            hash_block_tokens=seam.hash_block_tokens,
+            caches_prefixes=seam.caches_prefixes,
+        )
+        self.meter = StepMeter()
+        self.window = Window(since_s=clock())
+        self.records: deque[dict[str, Any]] = deque(maxlen=config.record_steps)
+        self.last_step: Step | None = None
+        self.steps = 0
+        self.fallbacks = 0
+        self.rejected_claims = 0
+        self._finished: list[FinishedRequest] = []
+        self._ran_last: dict[str, int] = {}
+        self._is_prefilling = False
+        self._spins = False  # the last step came out empty although rows had been kept from it
+        self._tokens_per_row = 1.0
+        self._start_pause_steps = 0  # steps for which no extra branch may start
+        self._next_start_pause_steps = 1
+
+    # --- settings of a running engine ---
+
+    def use_slo(self, slo: Slo) -> None:
+        """A new default; requests in flight are held to it too, within what they claimed."""
+        self.slo = slo
+        for group in self.table.groups.values():
+            try:
+                claims = parse_claims(group.extra_args, self.config.limits, slo)
+            except ConfigError:
+                claims = replace(group.claims, slo=slo)
+            self.table.set_claims(group, claims)
+
+    def use_profile(self, profile: Profile | None) -> None:
+        """Another calibrated law; None forgets the law and learns one online."""
+        self.profile = profile
+        if profile is not None:
+            self.controller.replace(latency=profile.latency())
+        else:
+            self.controller = _controller(None, self.controller.policy, self.controller.knobs)
+
+    # --- requests come and go ---
+
+    def added(self, request: Any) -> None:
+        with self._guarded():
+            self.table.add(request, self.claims_of(request), self.clock())
+
+    def aborted(self, request_ids: list[str] | None) -> None:
+        """After vLLM ended these requests (None: all of them) from outside."""
+        with self._guarded():
+            for name in list(self.table.branches) if request_ids is None else request_ids:
+                branch = self.table.branches.get(name)
+                if branch is not None and compat.is_over(branch.request):
+                    self.table.end(name, self.clock(), is_whole=False)
+
+    def claims_of(self, request: Any) -> Claims:
+        """The request's claims; refused ones count, and the defaults hold instead.
+
+        Behind `ClaimsMiddleware` none are refused here: the client got its HTTP 400.
+        """
+        try:
+            return parse_claims(compat.extra_args(request), self.config.limits, self.slo)
+        except ConfigError as error:
+            if not self.rejected_claims:
+                logger.warning("claims of %s refused, later ones only count: %s", request.request_id, error)
+            self.rejected_claims += 1
+            return Claims(group=None, slo=self.slo, priority=0.0)
+
+    # --- around schedule() ---
+
+    def before_schedule(self) -> Enforced:
+        """Plan the coming step and make vLLM's scheduler carry it out. Never raises."""
+        enforced = Enforced()
+        if self._is_stock_step():
+            return enforced
+        start_s = self.clock()
+        with self._guarded():
+            try:
+                self._regulate(enforced, start_s)
+            except Exception:
+                self.restore(enforced)
+                enforced.plan = None
+                raise
+        enforced.planner_s = self.clock() - start_s
+        return enforced
+
+    def restore(self, enforced: Enforced) -> None:
+        enforce.restore(self.seam, enforced)
+
+    def after_schedule(self, enforced: Enforced, output: Any) -> None:
+        with self._guarded():
+            now_s = self.clock()
+            self._ran_last = output.num_scheduled_tokens
+            if not output.total_num_scheduled_tokens:
+                self._spins = bool(enforced.deferred or enforced.held)
+                self.meter.interrupted()
+                return
+            self._spins = False
+            self._note_starts(enforced)
+            self.meter.scheduled(self._step(enforced, output, now_s), output, self.clock())
+
+    # --- around update_from_output() ---
+
+    def after_update(self, output: Any, engine_outputs: dict[int, Any], now_s: float) -> None:
+        """Book a step that came back at `now_s`, and let the controller observe it."""
+        with self._guarded():
+            for batch in engine_outputs.values():
+                for one in batch.outputs:
+                    if one.finish_reason is not None:
+                        self._note_end(one.request_id, now_s)
+            self.table.note_first_tokens(now_s)
+            step = self.meter.updated(output, now_s)
+            if self.seam.is_empty:
+                self.table.clear()
+                self.meter.interrupted()
+            if step is None:
+                return
+            self._note_tokens(engine_outputs, step)
+            self.table.externality_s += step.externality_s
+            self._book(step)
+            finished, self._finished = tuple(self._finished), []
+            self.controller.observe(
+                StepOutcome(
+                    load=step.load,
+                    requests=step.groups,
+                    measured_s=step.measured_s,
+                    ending=step.ending,
+                    finished=finished,
+                )
+            )
+
+    # --- inside ---
+
+    def _is_stock_step(self) -> bool:
+        """Whether there is nothing to decide, so that vLLM runs as stock.
+
+        With one branch per request every branch is its request's protected row; what is left to decide is
+        how many prompt tokens may ride along.
+        """
+        if self.controller.policy.is_stock or self._spins or not self.table.branches:
+            return True
+        return not (self.table.parallel_groups or self._is_prefilling or self.seam.has_waiting)
+
+    def _regulate(self, enforced: Enforced, now_s: float) -> None:
+        frame = view.build(
+            self.table,
+            self.seam,
+            now_s=now_s,
+            ran_last=self._ran_last,
+            tokens_per_row=self._tokens_per_row,
+            may_start=self._start_pause_steps == 0,
+        )
+        self._start_pause_steps = max(self._start_pause_steps - 1, 0)
+        if not len(frame.branch):
+            enforce.hold(self.seam, frame, frame.withheld, enforced)
+            return
+        plan = self.controller.decide(frame.view)
+        enforce.check(plan, frame.view)
+        enforced.plan = plan
+        enforced.groups = len(frame.view.tokens)
+        if self.table.parallel_groups:
+            enforce.apply(self.seam, frame, plan, enforced)
+        else:
+            rows = int(np.count_nonzero(frame.view.prefill_tokens == 0))
+            enforce.limit_prefill(self.seam, plan, rows, enforced)
+
+    def _note_starts(self, enforced: Enforced) -> None:
+        """Where vLLM could not start what the plan started, wait: 1, 2, 4 ... steps.
+
+        Otherwise a branch that cannot start would stand for its request step after step.
+        """
+        if not enforced.starts:
+            return
+        if all(name in self._ran_last for name in enforced.starts):
+            self._next_start_pause_steps = 1
+            return
+        self._start_pause_steps = self._next_start_pause_steps
+        self._next_start_pause_steps = min(2 * self._next_start_pause_steps, MAX_START_PAUSE_STEPS)
+
+    def _step(self, enforced: Enforced, output: Any, now_s: float) -> Step:
+        rows, context_tokens, prefill_tokens, chunks = step_rows(output)
+        self._is_prefilling = bool(chunks)
+        load = StepLoad(rows=rows, context_tokens=context_tokens, prefill_tokens=prefill_tokens)
+        plan = enforced.plan
+        self.steps += 1
+        step = Step(
+            step=self.steps,
+            time_s=now_s,
+            policy=self.controller.policy.name,
+            load=load,
+            groups=enforced.groups or len(self.table.groups),
+            protected=min(len(self.table.groups), rows),
+            extra=max(rows - len(self.table.groups), 0),
+            deferred=enforced.deferred,
+            held=enforced.held,
+            predicted_s=self.controller.latency.predict_load(load),
+            planner_s=enforced.planner_s,
+            is_representative=not preempted(output),
+        )
+        if not self.table.parallel_groups:
+            step.baseline_s = step.predicted_s
+        if plan is not None:
+            step.protected = int(np.count_nonzero(plan.protected))
+            step.extra = int(np.count_nonzero(plan.run)) - step.protected
+            step.baseline_s = plan.baseline_s
+            step.budget_s = plan.budget_s
+            step.slack_min_s = plan.slack_min_s
+            step.externality_s = max(plan.externality_s, 0.0)
+        return step
+
+    def _note_end(self, request_id: str, now_s: float) -> None:
+        branch = self.table.branches.get(request_id)
+        # A streaming-input session reports an end and lives on.
+        if branch is None or not compat.is_over(branch.request):
+            return
+        finished = self.table.end(request_id, now_s, is_whole=compat.ended_well(branch.request))
+        if finished is not None:
+            self._finished.append(finished)
+
+    def _note_tokens(self, engine_outputs: dict[int, Any], step: Step) -> None:
+        if self.seam.spec_tokens and step.load.rows and not step.load.prefill_tokens:
+            tokens = sum(len(one.new_token_ids) for batch in engine_outputs.values() for one in batch.outputs)
+            rate = TOKENS_PER_ROW_RATE
+            self._tokens_per_row += rate * (max(tokens / step.load.rows, 1.0) - self._tokens_per_row)
+
+    def _book(self, step: Step) -> None:
+        self.window.add(step)
+        self.records.append(step.record())
+        self.last_step = step
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            if not self.fallbacks:
+                logger.exception("TAPER fault, later ones only count: this step runs as stock vLLM's would")
+            self.fallbacks += 1
+            self.window.fallbacks += 1
+
+
+def _controller(profile: Profile | None, policy: Policy, knobs: Knobs) -> Controller:
+    latency = profile.latency() if profile else UNCALIBRATED
+    return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None)

@@ -1,0 +1,92 @@
+"""HTTP routes of TAPER on vLLM's API server, as a vLLM endpoint plugin.
+
+    GET  /taper/state        {"engines": [snapshot, ...]}
+    POST /v1/taper/control   a JSON patch; answers with the state after it
+    GET  /v1/taper/steps     {"engines": [[step record, ...], ...]}, emptying the rings
+
+The routes that change anything live under /v1/, which vLLM's `--api-key` guards, and on top of that need
+`allow_control` or the control token (header X-Taper-Control).
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from taper.config import ServerConfig
+from taper.engines.vllm import compat
+
+CONTROL_HEADER = "X-Taper-Control"
+
+
+class TaperEndpoints:
+    """The endpoint plugin. Its state is the engine client that vLLM hands over once the engine is up."""
+
+    name = "taper"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._config = ServerConfig.from_env()
+        self._engines: Any = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_api_route("/taper/state", self.state, methods=["GET"])
+        app.add_api_route("/v1/taper/control", self.control, methods=["POST"])
+        app.add_api_route("/v1/taper/steps", self.steps, methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        self._engines = engine_client
+
+    async def state(self) -> JSONResponse:
+        return await self._ask("taper_snapshot")
+
+    async def control(self, request: Request) -> JSONResponse:
+        if not self._may_control(request):
+            return _forbidden()
+        try:
+            patch = json.loads(await request.body())
+        except ValueError as error:
+            return error_response(400, f"the patch is not JSON: {error}")
+        if not isinstance(patch, dict):
+            return error_response(400, f"the patch must be a JSON object, not {type(patch).__name__}")
+        return await self._ask("taper_configure", patch)
+
+    async def steps(self, request: Request) -> JSONResponse:
+        if not self._may_control(request):
+            return _forbidden()
+        return await self._ask("taper_drain_steps")
+
+    async def _ask(self, method: str, *args: Any) -> JSONResponse:
+        if self._engines is None:
+            return error_response(503, "this server has no engine")
+        answers = await compat.call_engines(self._engines, method, *args)
+        refusals = [answer["error"] for answer in answers if isinstance(answer, dict) and "error" in answer]
+        if refusals:
+            return error_response(400, refusals[0])
+        return JSONResponse({"engines": answers})
+
+    def _may_control(self, request: Request) -> bool:
+        if self._config.allow_control:
+            return True
+        token, given = self._config.control_token, request.headers.get(CONTROL_HEADER)
+        return bool(token and given and hmac.compare_digest(token.encode(), given.encode()))
+
+
+def _forbidden() -> JSONResponse:
+    return error_response(
+        403, f"changing a running engine needs allow_control, or the control token in {CONTROL_HEADER}"
+    )
+
+
+def error_response(status: int, message: str) -> JSONResponse:
+    """An error as OpenAI clients expect it."""
+    return JSONResponse(error_body(status, message), status_code=status)
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    kind = "BadRequestError" if status == 400 else "PermissionDeniedError" if status == 403 else "APIError"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

