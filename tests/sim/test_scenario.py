@@ -1,0 +1,91 @@
+import pytest
+
+from taper.core.types import ConfigError
+from taper.sim.cost import HARDWARE, Hardware
+from taper.sim.run import Case, run, run_all
+from taper.sim.scenario import load, names, operating_points, parse, settle
+from taper.sim.workload import Lengths, Mix
+
+SHORT = """
+summary = "s"
+load = 1.0
+duration_steps = 400
+[mix]
+branching_share = 0.5
+prompt = { low = 10, high = 10 }
+serial = { low = 40, high = 40 }
+stage = { low = 4, high = 4 }
+fanout = { low = 4, high = 4 }
+branch = { low = 8, high = 8 }
+"""
+
+
+def test_operating_points_by_hand() -> None:
+    machine = Hardware(name="m", base_s=1.0, row_s=0.1, context_s=0.0, prefill_s=0.0)
+    mix = Mix(
+        branching_share=1.0,
+        prompt=Lengths(low=5, high=5),
+        serial=Lengths(low=1, high=1),
+        fanout=Lengths(low=4, high=4),
+        branch=Lengths(low=10, high=10),
+        fork_at_arrival=True,
+    )
+    off, eager = operating_points(machine, mix, 10)
+    assert (off.rows, off.step_s) == (10, 2.0)
+    assert off.rate_per_s == pytest.approx(10 / (40 * 2.0))
+    assert (eager.rows, eager.step_s) == (40, 5.0)
+    assert eager.rate_per_s == pytest.approx(10 / (10 * 5.0))
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("machine", HARDWARE.values(), ids=lambda machine: machine.name)
+def test_every_shipped_scenario_settles_on_every_hardware(name: str, machine: Hardware) -> None:
+    setting = settle(load(name), machine)
+    assert 0 < setting.off.step_s < setting.eager.step_s
+    assert setting.rate_per_s > 0 < setting.tpot_slo_s
+    if name not in ("below-t0", "demo-cpu"):
+        assert setting.off.step_s < setting.tpot_slo_s < setting.eager.step_s
+
+
+def test_the_names_that_issue_and_docs_promise() -> None:
+    assert set(names()) >= {
+        "low", "knee", "saturated", "bursts", "overload", "mixed-slo", "mixed-slo-infeasible", "all-branching",
+        "below-t0", "stragglers", "spikes", "drift", "bias-low", "bias-high", "headline",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("load = 1.0", "laod = 1.0"), "unknown key 'laod'"),
+        (("fanout = {", "fanuot = {"), "mix: unknown key 'fanuot'"),
+        (("fanout = { low = 4, high = 4 }", "fanout = 4"), "mix.fanout must be a table"),
+        (("fanout = { low = 4", "fanout = { low = 5"), "1 <= low <= high"),
+        (("prompt = { low = 10, high = 10 }", ""), "missing 1 required keyword-only argument: 'prompt'"),
+        (("[mix]", "[mix"), "not TOML"),
+    ],
+)
+def test_a_scenario_that_is_none_says_why(change: tuple[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse("mine", SHORT.replace(*change))
+
+
+def test_an_unknown_scenario_names_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"unknown scenario 'nope'; known: .*headline"):
+        load("nope")
+
+
+def test_the_same_case_gives_the_same_bytes_in_one_process_or_several() -> None:
+    cases = [
+        Case(scenario=parse("short", SHORT), machine=HARDWARE["a100x8-qwen3-32b"], policy=policy, seed=seed)
+        for policy in ("off", "taper")
+        for seed in (0, 1)
+    ]
+    alone = [run(case).as_dict() for case in cases]
+    assert alone == [summary.as_dict() for summary in run_all(cases, workers=2)]
+    assert alone[0] != alone[1]
+
+
+def test_off_never_runs_more_rows_than_requests() -> None:
+    summary = run(Case(scenario=parse("s", SHORT), machine=HARDWARE["cpu-smollm2"], policy="off", seed=0))
+    assert summary.rows_mean <= summary.requests_mean
