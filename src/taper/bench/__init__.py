@@ -1,0 +1,1 @@
+"""Open-loop load over HTTP with the stock `openai` client, and what it saw."""

@@ -1,0 +1,110 @@
+"""Server-sent events of an OpenAI-style stream -> tokens and times per branch.
+
+Reading the few fields we need costs about 40 us per token, the stock client's own event objects 125 us, and
+the client shares its cores with the engine: 3 % of a core at 700 tokens/s instead of 9 %. So the stock client
+makes the request and owns the connection, and this reads the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from taper.records import ChoiceRecord
+
+
+@dataclass(slots=True)
+class _Branch:
+    first_s: float
+    last_s: float
+    tokens: int = 0
+    gaps_ms: list[float] = field(default_factory=list)
+
+
+class StreamReader:
+    """Feed it bytes with the time they came; it keeps the tokens of every choice.
+
+    Tokens of a chunk: the length of `token_ids` where the server sends them (vLLM's `return_token_ids`),
+    otherwise one per chunk with text; with a single branch the server's usage has the last word.
+    """
+
+    def __init__(self) -> None:
+        self._pending = b""
+        self._branches: dict[int, _Branch] = {}
+        self._finished: dict[int, str] = {}
+        self.prompt_tokens = 0
+        self.completion_tokens: int | None = None  # as the server counted
+        self.done = False
+        self.error: str | None = None
+
+    def feed(self, data: bytes, now_s: float) -> None:
+        """Take what arrived at `now_s`; an event split over two reads is stamped with the second."""
+        lines = (self._pending + data).split(b"\n")
+        self._pending = lines.pop()
+        for line in lines:
+            if line.startswith(b"data:"):
+                payload = line[5:].strip()
+                if payload == b"[DONE]":
+                    self.done = True
+                elif payload:
+                    self._event(payload, now_s)
+
+    def finished_branches(self) -> int:
+        return len(self._finished)
+
+    def choices(self) -> tuple[ChoiceRecord, ...]:
+        """One record per branch that delivered a token, by index."""
+        exact = self.completion_tokens if len(self._branches) == 1 else None
+        return tuple(
+            ChoiceRecord(
+                index=index,
+                tokens=exact or branch.tokens,
+                first_token_s=branch.first_s,
+                last_token_s=branch.last_s,
+                gaps_ms=tuple(branch.gaps_ms),
+                finish_reason=self._finished.get(index),
+            )
+            for index, branch in sorted(self._branches.items())
+        )
+
+    def _event(self, payload: bytes, now_s: float) -> None:
+        try:
+            event = json.loads(payload)
+        except ValueError:
+            self.error = f"unreadable event: {payload[:80]!r}"
+            return
+        if not isinstance(event, dict):
+            self.error = f"unreadable event: {payload[:80]!r}"
+            return
+        if problem := event.get("error"):
+            self.error = str(problem.get("message", problem) if isinstance(problem, dict) else problem)
+        if usage := event.get("usage"):
+            self.prompt_tokens = usage.get("prompt_tokens", 0)
+            self.completion_tokens = usage.get("completion_tokens")
+        for choice in event.get("choices") or ():
+            self._choice(choice, now_s)
+
+    def _choice(self, choice: dict[str, Any], now_s: float) -> None:
+        index = choice.get("index", 0)
+        tokens = _token_count(choice)
+        if reason := choice.get("finish_reason"):
+            self._finished[index] = reason
+        if tokens == 0:
+            return
+        branch = self._branches.get(index)
+        if branch is None:
+            self._branches[index] = branch = _Branch(first_s=now_s, last_s=now_s)
+        else:
+            branch.gaps_ms.append(round((now_s - branch.last_s) * 1e3, 1))
+        branch.last_s = now_s
+        branch.tokens += tokens
+
+
+def _token_count(choice: dict[str, Any]) -> int:
+    token_ids = choice.get("token_ids")
+    if token_ids is not None:
+        return len(token_ids)
+    delta = choice.get("delta")
+    text = delta.get("content") if delta else choice.get("text")
+    return 1 if text else 0
