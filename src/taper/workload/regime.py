@@ -113,7 +113,8 @@ def contended(
     demand = source.demand()
     requests = concurrency or concurrency_for(law, demand, fill=fill, footprint=footprint)
     if longest_s is not None:
-        source = _shortened(source, law, requests, longest_s, footprint)
+        factor = output_factor(source, law, concurrency=requests, longest_s=longest_s, footprint=footprint)
+        source = source.scaled(factor)
         demand = source.demand()
     off, eager = (
         operating_point(law, demand, concurrency=requests, eager=width, footprint=footprint) for width in (False, True)
@@ -151,15 +152,16 @@ def tok_s_at(tpot_slo_s: float, off: OperatingPoint, eager: OperatingPoint) -> f
     return (off.rows + share * (eager.rows - off.rows)) / (off.step_s + share * (eager.step_s - off.step_s))
 
 
-def _shortened(
-    source: Source, law: LinearLatency, concurrency: int, longest_s: float, footprint: Footprint | None
-) -> Source:
-    """`source` with outputs short enough for its requests to take `longest_s` on average at width 1, within a tenth."""
-    for _ in range(4):  # shorter outputs make prefill a larger part of the step
-        demand = source.demand()
+def output_factor(
+    source: Source, law: LinearLatency, *, concurrency: int, longest_s: float, footprint: Footprint | None = None
+) -> float:
+    """The factor, at most 1, on outputs with which a mean request takes `longest_s` at width 1, within a tenth."""
+    factor = 1.0
+    for _ in range(6):  # shorter outputs make prefill a larger part of the step
+        demand = source.scaled(factor).demand()
         step_s = operating_point(law, demand, concurrency=concurrency, eager=False, footprint=footprint).step_s
         alone_s = demand.off_steps * step_s
         if alone_s <= 1.1 * longest_s:
             break
-        source = source.scaled(longest_s / alone_s)
-    return source
+        factor *= longest_s / alone_s
+    return factor

@@ -36,6 +36,10 @@ class Source(Protocol):
         """Outputs `factor` and prompts `prompt` times as long."""
         ...
 
+    def within(self, context_tokens: int | None) -> Self:
+        """The same with every request shrunk to fit a context; None: no bound."""
+        ...
+
     def describe(self) -> str:
         """For a reader of the output."""
         ...
@@ -76,6 +80,9 @@ class Synthetic:
 
     def scaled(self, factor: float, *, prompt: float = 1.0) -> Synthetic:
         return replace(self, mix=self.mix.scaled(factor, prompt=prompt))
+
+    def within(self, context_tokens: int | None) -> Synthetic:
+        return replace(self, context_tokens=context_tokens)
 
     def shared(self, share: float) -> Synthetic:
         return replace(self, mix=replace(self.mix, branching_share=share))
@@ -142,6 +149,9 @@ class Replay:
 
     def scaled(self, factor: float, *, prompt: float = 1.0) -> Replay:
         return replace(self, output_scale=self.output_scale * factor, prompt_scale=self.prompt_scale * prompt)
+
+    def within(self, context_tokens: int | None) -> Replay:
+        return replace(self, context_tokens=context_tokens)
 
     def shared(self, share: float) -> Replay:
         return replace(self, branching_share=share)
