@@ -63,7 +63,7 @@ OPTIONS = (
     click.option("--trace", "trace_path", type=FILE, help="Azure or BurstGPT CSV, Mooncake JSONL."),
     click.option("--time-scale", type=SCALE, default="auto", show_default=True, help="auto: the rate --loads ask for."),
     click.option("--prompt-scale", type=SCALE, default="auto", show_default=True, help="auto: from the context."),
-    click.option("--output-scale", type=SCALE, default="auto", show_default=True, help="auto: about 8 s at width 1."),
+    click.option("--output-scale", type=SCALE, default="auto", show_default=True, help="auto: decodes 8 s at width 1."),
     click.option("--rounds", type=int, default=3, show_default=True, help="Windows of every policy at every point."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option("--ramp-s", type=click.FloatRange(0), default=6.0, show_default=True, help="Load before it counts."),

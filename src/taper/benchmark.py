@@ -27,7 +27,7 @@ from taper.bench.driver import WindowPlan
 from taper.bench.live import display_for
 from taper.bench.pilot import measured_scale
 from taper.bench.store import Store
-from taper.bench.sweep import Point, Sweep, regime_at, run_sweep, slots
+from taper.bench.sweep import Point, Sweep, regime_at, run_sweep, slots, source_at
 from taper.bench.table import comparison
 from taper.bench.verdict import FOREIGN_CPU_LIMIT
 from taper.core.latency import LinearLatency
@@ -167,7 +167,7 @@ async def _prepared(
         store.note(profile=fleet.profile.to_json() if fleet.profile else None, resolved=asdict(resolved))
     sweep = _sweep(options, source, fleet, resolved)
     say(
-        f"load: {sweep.source.describe()}; prompts x {resolved.prompt_scale:.3g}, outputs x"
+        f"load: {source_at(sweep, sweep.points[0]).describe()}; prompts x {resolved.prompt_scale:.3g}, outputs x"
         f" {resolved.output_scale:.3g}; steps under load take {resolved.law_scale:.2f} x the law"
     )
     return sweep

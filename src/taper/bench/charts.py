@@ -251,16 +251,18 @@ def _timeline(rows: Sequence[Row], order: Sequence[str]) -> Any:
                 order=alt.Order("order:Q"),
             )
         )
-        slack = (
-            alt.Chart(_data([row for row in mine if row["kind"] == "slack"]), title=f"{policy}: least slack")
-            .mark_line(color="#D55E00")
-            .encode(
-                x=x,
-                y=alt.Y("ms:Q", title="slack, ms"),
-                tooltip=[alt.Tooltip("time_s:Q", format=".1f"), alt.Tooltip("ms:Q", format=".1f")],
+        row = [areas]
+        if slacks := [one for one in mine if one["kind"] == "slack"]:  # off and eager look at none
+            row.append(
+                alt.Chart(_data(slacks), title=f"{policy}: least slack")
+                .mark_line(color="#D55E00")
+                .encode(
+                    x=x,
+                    y=alt.Y("ms:Q", title="slack, ms"),
+                    tooltip=[alt.Tooltip("time_s:Q", format=".1f"), alt.Tooltip("ms:Q", format=".1f")],
+                )
             )
-        )
-        parts.append(alt.hconcat(*(one.properties(width=440, height=120) for one in (areas, slack))))
+        parts.append(alt.hconcat(*(one.properties(width=440, height=120) for one in row)))
     return alt.vconcat(*parts)
 
 

@@ -141,11 +141,8 @@ class Replay:
         return Demand.of([(self._request(_SAMPLE_SEED, int(index), 0.0), 1 / count) for index in chosen])
 
     def describe(self) -> str:
-        shape = f" ({self.branching})" if self.branching else ""
-        return (
-            f"trace of {len(self.rows)} requests, {self.branching_share:.0%} branch{shape}; prompts x"
-            f" {self.prompt_scale:g}, outputs x {self.output_scale:g}"
-        )
+        shape = f" ({self.branching.scaled(self.output_scale)})" if self.branching else ""
+        return f"trace of {len(self.rows)} requests, {self.branching_share:.0%} branch{shape}"
 
     def scaled(self, factor: float, *, prompt: float = 1.0) -> Replay:
         return replace(self, output_scale=self.output_scale * factor, prompt_scale=self.prompt_scale * prompt)
