@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import signal
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from taper.bench import machine
 from taper.bench.campaign import Campaign
+from taper.bench.control import ControlError
 from taper.bench.dialogue import DialogueName
 from taper.bench.driver import WindowPlan
 from taper.bench.live import display_for
@@ -127,13 +129,19 @@ def run_bench(options: BenchOptions, console: Console) -> list[Run]:
         "machine": asdict(machine.describe()),
     }
     with Store(options.out, settings=options.settings(), about=about, keep_steps=options.steps) as store:
-        return asyncio.run(_run(options, source, store, console))
+        try:
+            return asyncio.run(_run(options, source, store, console))
+        except asyncio.CancelledError:
+            raise ControlError(f"stopped; the same command goes on with {options.out}") from None
 
 
 async def _run(options: BenchOptions, source: Source, store: Store, console: Console) -> list[Run]:
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
+    task = asyncio.current_task()
+    if task is not None:  # the server is a process group of its own and would outlive us
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with _fleet(options, store.meta.get("profile"), say) as fleet:
         sweep = await _prepared(options, source, fleet, store, say)
         for point in sweep.points:

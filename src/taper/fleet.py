@@ -82,8 +82,8 @@ class LocalFleet:
         self._say(f"starting {kind} (its output: {self._log})")
         model = self._model or str(embedded_model(self._say))
         server = Server(model, self._args, embedded=self._model is None, stock=stock, log=self._log)
+        self._stack.callback(server.stop)  # also where the start itself is cut off
         await asyncio.to_thread(server.__enter__)
-        self._stack.callback(server.stop)
         if not stock:
             await asyncio.to_thread(self._give_profile, server)
         headers = server.control_headers
