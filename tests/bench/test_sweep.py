@@ -110,7 +110,7 @@ def test_the_server_gets_the_tightest_slo_of_the_requests() -> None:
     factors = [Request(seed=0, index=0, arrival_s=0, prompt_tokens=1, stages=((1,),), slo_factor=x) for x in (0.5, 3.0)]
     job = Job(regime=regime, requests=factors, plan=PLAN, conditions=Conditions(policy="off"))
     assert job.server_slo.tpot_s == pytest.approx(0.05)
-    assert replace(job, requests=factors[1:]).server_slo.tpot_s == pytest.approx(0.1)
+    assert replace(job, requests=factors[1:]).server_slo.tpot_s == pytest.approx(0.3)
 
 
 def test_a_sweep_fills_its_folder_and_a_finished_one_runs_nothing(tmp_path: Path) -> None:
