@@ -176,7 +176,8 @@ async def _prepared(
     sweep = _sweep(options, source, fleet, resolved)
     say(
         f"load: {source_at(sweep, sweep.points[0]).describe()}; prompts x {resolved.prompt_scale:.3g}, outputs x"
-        f" {resolved.output_scale:.3g}; steps under load take {resolved.law_scale:.2f} x the law"
+        f" {resolved.output_scale:.3g}"
+        + (f"; steps under load take {resolved.law_scale:.2f} x the law" if sweep.law else "")
     )
     return sweep
 
