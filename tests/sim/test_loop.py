@@ -10,7 +10,8 @@ from taper.core.policies import resolve
 from taper.core.types import Knobs, Plan, StepLoad, StepOutcome, StepView
 from taper.records import RequestRecord
 from taper.sim.cost import Disturbance, Hardware, StepCost
-from taper.sim.loop import Engine, Simulation, Trace
+from taper.sim.loop import Engine, Simulation
+from taper.sim.trace import Trace
 from taper.sim.workload import Arrivals, Lengths, Mix, Request, generate
 
 MACHINE = Hardware(
@@ -46,7 +47,7 @@ def times(record: RequestRecord) -> list[tuple[float, float, int]]:
 
 def test_one_serial_request() -> None:
     trace = run(request((3,), at=5.0))
-    assert trace.step_s == [18.0, 11.0, 11.0]  # the prompt, then two more tokens
+    assert list(trace.step_s) == [18.0, 11.0, 11.0]  # the prompt, then two more tokens
     (record,) = trace.records
     assert (record.scheduled_s, record.sent_s, record.ended_s) == (5.0, 5.0, 45.0)
     assert times(record) == [(23.0, 45.0, 3)]
@@ -55,13 +56,13 @@ def test_one_serial_request() -> None:
 
 def test_context_is_what_the_row_reads() -> None:
     trace = run(request((3,)), machine=replace(MACHINE, context_s=1.0))
-    assert trace.step_s == [18.0, 11.0 + 5, 11.0 + 6]
+    assert list(trace.step_s) == [18.0, 11.0 + 5, 11.0 + 6]
 
 
 def test_a_prompt_beyond_the_step_comes_in_chunks() -> None:
     trace = run(request((1,), prompt=20))
-    assert trace.prefill_tokens == [8, 8, 4]
-    assert trace.rows == [0, 0, 0]
+    assert list(trace.prefill_tokens) == [8, 8, 4]
+    assert list(trace.rows) == [0, 0, 0]
 
 
 def test_prompt_tokens_share_the_step_with_decode_rows() -> None:
@@ -73,7 +74,7 @@ def test_eager_runs_all_branches_of_an_arrival_fork_once_the_prompt_is_there() -
     trace = run(request((3, 3, 2)))
     # prompt and first token of the first branch; it goes on while its siblings compute their one-token tails
     assert list(zip(trace.rows, trace.prefill_tokens, strict=True)) == [(0, 4), (1, 2), (3, 0), (1, 0)]
-    assert trace.step_s == [18.0, 15.0, 13.0, 11.0]
+    assert list(trace.step_s) == [18.0, 15.0, 13.0, 11.0]
     (record,) = trace.records
     assert times(record) == [(18.0, 46.0, 3), (33.0, 46.0, 2), (33.0, 57.0, 3)]
 
@@ -157,7 +158,7 @@ class Watched(Controller):
 
 def test_the_plans_prefill_limit_is_kept() -> None:
     trace = run(request((1,), prompt=8), controller=Watched(Scripted(prefill_limit_tokens=3)))
-    assert trace.prefill_tokens == [3, 3, 2]
+    assert list(trace.prefill_tokens) == [3, 3, 2]
 
 
 def test_a_plan_that_runs_nothing_is_an_error() -> None:
@@ -167,16 +168,18 @@ def test_a_plan_that_runs_nothing_is_an_error() -> None:
 
 def test_outcomes_tell_load_latency_and_what_finished() -> None:
     controller = Watched(Scripted())
-    run(request((3,)), controller=controller)
+    run(request((4, 2)), controller=controller)
     assert [o.load for o in controller.outcomes] == [
         StepLoad(rows=0, context_tokens=0, prefill_tokens=4),
-        StepLoad(rows=1, context_tokens=5, prefill_tokens=0),
-        StepLoad(rows=1, context_tokens=6, prefill_tokens=0),
+        StepLoad(rows=1, context_tokens=5, prefill_tokens=1),  # the sibling's tail
+        StepLoad(rows=2, context_tokens=6 + 5, prefill_tokens=0),
+        StepLoad(rows=1, context_tokens=7, prefill_tokens=0),
     ]
-    assert [o.measured_s for o in controller.outcomes] == [18.0, 11.0, 11.0]
+    assert [o.measured_s for o in controller.outcomes] == [18.0, 13.0, 12.0, 11.0]
     (finished,) = controller.outcomes[-1].finished
-    assert (finished.tokens, finished.serial_tokens, finished.critical_path_tokens) == (3, 3, 3)
-    assert (finished.residence_s, finished.externality_s) == (22.0, 4.0)  # two steps of E = 3 - 1
+    assert (finished.tokens, finished.serial_tokens, finished.critical_path_tokens) == (6, 0, 4)
+    # Two steps of E = 3 - 1 while it had branches; with one branch left there is nothing to decide.
+    assert (finished.residence_s, finished.externality_s) == (36.0, 4.0)
 
 
 def test_observations_lag_by_as_many_steps_as_the_engine_is_told() -> None:
@@ -210,5 +213,5 @@ def test_no_token_is_lost_and_none_is_invented(policy: str) -> None:
 def test_a_request_whose_new_branch_finds_no_room_goes_on_with_one_it_has() -> None:
     full = replace(MACHINE, max_rows=2)
     trace = run(request((40, 40)), request((40, 40)), policy="off", machine=full)
-    assert trace.rows[:40] == [0] + 39 * [2]  # both first branches to their end, past the quantum of 16
+    assert list(trace.rows[:40]) == [0] + 39 * [2]  # both first branches to their end, past the quantum of 16
     assert sum(r.tokens for r in trace.records) == 160

@@ -11,9 +11,10 @@ from taper.core.policies import resolve
 from taper.core.types import Knobs
 from taper.goodput import Window
 from taper.sim.cost import Hardware, StepCost
-from taper.sim.loop import Simulation, Trace
+from taper.sim.loop import Simulation
 from taper.sim.scenario import Scenario, settle
 from taper.sim.summary import Summary, summarise
+from taper.sim.trace import Trace
 from taper.sim.workload import generate
 
 

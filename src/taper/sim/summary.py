@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from taper import goodput
 from taper.goodput import Window
-from taper.sim.loop import Trace
+from taper.sim.trace import Trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ def summarise(trace: Trace, window: Window, *, policy: str, seed: int) -> Summar
     step_s = np.array(trace.step_s)[inside]
     predicted_s = np.array(trace.predicted_s)[inside]
 
-    def mean(per_step: list[int]) -> float:
+    def mean(per_step: array[int]) -> float:
         return float(np.array(per_step)[inside].mean())
 
     return Summary(
