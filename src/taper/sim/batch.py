@@ -20,6 +20,7 @@ from taper.sim.workload import Request
 # Rows of the three tables behind the columns.
 REQUEST, CONTEXT, PROGRESS, PREFILL, TARGET, FIRST_STEP, LAST_STEP = range(7)
 RESIDENT, RAN, PREEMPTED, PINNED = range(4)
+NEVER = -2  # not even in the step before the first
 ARRIVAL, FIRST, TPOT, TTFT, PRIORITY = range(5)
 
 
@@ -118,10 +119,12 @@ class Batch:
         self.add_siblings(group)
 
     def drop_branches(self, done: Bools) -> None:
-        """Ended branches leave with what they hold beyond their request's prefix."""
-        self.resident_rows -= int(np.count_nonzero(done & self.resident))
-        self.kv_tokens -= sum(self._own_tokens(branch) for branch in np.flatnonzero(done & self.resident).tolist())
-        self._set(self.branches[:, ~done], self.flags[:, ~done])
+        """Ended branches, resident all of them, leave with what they hold beyond their request's prefix."""
+        for branch in done.nonzero()[0].tolist():
+            self.resident_rows -= 1
+            self.kv_tokens -= self._own_tokens(branch)
+        kept = (~done).nonzero()[0]
+        self._set(self.branches.take(kept, axis=1), self.flags.take(kept, axis=1))
 
     def remove(self, groups: list[int]) -> None:
         """Forget finished requests; their branches are dropped already."""
@@ -129,7 +132,8 @@ class Batch:
         keep[groups] = False
         self.kv_tokens -= sum(self.active[g].prefix_tokens for g in groups if self.active[g].holds_prefix)
         self.active = [a for a, kept in zip(self.active, keep, strict=True) if kept]
-        self.requests, self.tokens = self.requests[:, keep], self.tokens[keep]
+        kept = keep.nonzero()[0]
+        self.requests, self.tokens = self.requests.take(kept, axis=1), self.tokens.take(kept)
         self.request[:] = (np.cumsum(keep) - 1)[self.request]
 
     # --- KV ---
@@ -193,7 +197,7 @@ class Batch:
         self, at: int, group: int, targets: tuple[int, ...], context: int, prefill: int, *, resident: bool
     ) -> None:
         fresh = np.empty((7, len(targets)), dtype=np.int64)
-        fresh[:] = np.array([[group], [context], [0], [prefill], [0], [0], [0]])
+        fresh[:] = np.array([[group], [context], [0], [prefill], [0], [0], [NEVER]])
         fresh[TARGET] = targets
         flags = np.zeros((4, len(targets)), dtype=np.bool_)
         flags[RESIDENT] = resident

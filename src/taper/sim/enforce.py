@@ -62,31 +62,32 @@ def enforce(batch: Batch, machine: Hardware, decision: Decision) -> Rows:
     preempted = recomputed = 0
     if int(np.count_nonzero(run)) > machine.kv_tokens - batch.kv_tokens:
         run, preempted, recomputed = _preempt(batch, machine, decision)
-    prefilling = run & (batch.prefill > 0)
-    decode = run & ~prefilling
+    decode = run & (batch.prefill == 0)
+    prefilling = (run & ~decode).nonzero()[0].tolist()
     limit = decision.prefill_limit_tokens
     left = machine.max_batched_tokens - int(np.count_nonzero(decode))
     prompts = _Prompts(left if limit is None else min(left, limit))
-    for branch in np.flatnonzero(prefilling).tolist():
+    for branch in prefilling:
         prompts.take(branch, int(batch.prefill[branch]))
-    fresh = np.flatnonzero(decision.run & ~batch.resident)
-    if len(fresh) and not preempted:
-        _start(batch, machine, fresh.tolist(), decode, prompts)
+    fresh = (decision.run & ~batch.resident).nonzero()[0].tolist()
+    if fresh and not preempted:
+        _start(batch, machine, fresh, decode, prompts)
     if not prompts.chunks and not decode.any():
         _start_something(batch, machine, decision.run, decode, prompts)
     emits = decode.copy()
     for branch, tokens in prompts.chunks:
         emits[branch] = tokens == batch.prefill[branch]
     rows = int(np.count_nonzero(decode))
+    emitted = emits.astype(np.int64)
     return Rows(
         run_bytes=decision.run.tobytes(),
         decode=decode,
         chunks=prompts.chunks,
         emits=emits,
-        emitted=emits.astype(np.int64),
-        gained=np.bincount(batch.request[emits], minlength=len(batch)),
+        emitted=emitted,
+        gained=np.bincount(batch.request, emitted, len(batch)).astype(np.int64),
         rows=rows,
-        context_tokens=int(batch.context[decode].sum()),
+        context_tokens=int(batch.context.dot(decode)),
         tokens=int(np.count_nonzero(emits)),
         steps_left=int((batch.target - batch.progress)[decode].min()) if rows else 0,
         preempted=preempted,

@@ -208,7 +208,7 @@ class Simulation:
         steps = rows.steps_left
         if not self._is_composed:
             return steps if self._is_stock_step() else 1
-        if rows.rows < len(batch.request):
+        if rows.rows < len(batch.request):  # not with all branches running
             competing = np.bincount(batch.request[~rows.decode], minlength=len(batch)) > 0
             progress = batch.progress[rows.decode & competing[batch.request]]
             quantum = int(self._controller.knobs.quantum_tokens)
@@ -291,14 +291,13 @@ class Simulation:
             batch.context[branch] += tokens
             batch.prefill[branch] -= tokens
             batch.ran[branch] = True
-        begins = rows.emits & (batch.progress == 0)
-        is_late = rows.emits & (batch.last_step != step - 1) & ~begins
-        batch.first_step[begins] = step
-        late = batch.last_step[is_late].tolist()
-        trace.followed[step] -= len(late) + int(np.count_nonzero(begins))
-        for last in late:
-            trace.gap_step.append(step)
-            trace.gap_s.append(end_s - trace.end_s[last])
+        for branch in (rows.emits & (batch.last_step != step - 1)).nonzero()[0].tolist():
+            trace.followed[step] -= 1
+            if batch.progress[branch]:
+                trace.gap_step.append(step)
+                trace.gap_s.append(end_s - trace.end_s[batch.last_step[branch]])
+            else:
+                batch.first_step[branch] = step
         first_s = batch.requests[FIRST]
         silent = np.isnan(first_s)
         if silent.any():
