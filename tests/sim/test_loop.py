@@ -9,7 +9,8 @@ from taper.core.controller import Controller
 from taper.core.policies import resolve
 from taper.core.types import Knobs, Plan, StepLoad, StepOutcome, StepView
 from taper.records import RequestRecord
-from taper.sim.cost import Disturbance, Hardware, StepCost
+from taper.sim.cost import Disturbance, StepCost
+from taper.sim.hardware import Hardware
 from taper.sim.loop import Engine, Simulation
 from taper.sim.trace import Trace
 from taper.sim.workload import Arrivals, Lengths, Mix, Request, generate

@@ -1,7 +1,7 @@
 import pytest
 
 from taper.core.types import ConfigError
-from taper.sim.cost import HARDWARE, Hardware
+from taper.sim.hardware import HARDWARE, Hardware
 from taper.sim.run import Case, run, run_all
 from taper.sim.scenario import load, names, operating_points, parse, settle
 from taper.sim.workload import Lengths, Mix

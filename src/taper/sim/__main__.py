@@ -13,7 +13,7 @@ from rich.table import Table
 
 from taper.core.types import ConfigError
 from taper.sim import scenario as scenarios
-from taper.sim.cost import hardware
+from taper.sim.hardware import hardware
 from taper.sim.run import Case, run_all
 from taper.sim.summary import Summary
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from taper.core.types import Bools, Ints
 from taper.sim.batch import Batch
-from taper.sim.cost import Hardware
+from taper.sim.hardware import Hardware
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

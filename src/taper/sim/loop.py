@@ -23,8 +23,9 @@ from taper.core.policies import FixedCap
 from taper.core.types import ConfigError, Ending, FinishedRequest, StepLoad, StepOutcome
 from taper.records import ChoiceRecord, RequestRecord
 from taper.sim.batch import FIRST, Active, Batch
-from taper.sim.cost import Hardware, StepCost
+from taper.sim.cost import StepCost
 from taper.sim.enforce import Decision, Rows, enforce
+from taper.sim.hardware import Hardware
 from taper.sim.trace import Trace
 from taper.sim.workload import Request
 

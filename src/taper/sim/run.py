@@ -10,7 +10,9 @@ from taper.core.controller import Controller
 from taper.core.policies import resolve
 from taper.core.types import Knobs
 from taper.goodput import Window
-from taper.sim.cost import Hardware, StepCost
+from taper.sim.ablations import ABLATIONS
+from taper.sim.cost import StepCost
+from taper.sim.hardware import Hardware
 from taper.sim.loop import Simulation
 from taper.sim.scenario import Scenario, settle
 from taper.sim.summary import Summary, summarise
@@ -42,7 +44,9 @@ def simulate(case: Case) -> Trace:
         seed=case.seed,
     )
     return Simulation(
-        controller=Controller(latency=machine.predictor(scenario.bias), policy=resolve(case.policy), knobs=case.knobs),
+        controller=Controller(
+            latency=machine.predictor(scenario.bias), policy=resolve(case.policy, ABLATIONS), knobs=case.knobs
+        ),
         machine=machine,
         cost=StepCost(machine, scenario.disturbance, duration_s=setting.duration_s, seed=case.seed),
         engine=scenario.engine_on(machine),

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from taper.core.types import ConfigError, StepLoad
-from taper.sim.cost import Disturbance, Hardware
+from taper.sim.cost import Disturbance
+from taper.sim.hardware import Hardware
 from taper.sim.loop import Engine
 from taper.sim.workload import Arrivals, Lengths, Mix, Request, generate
 
