@@ -7,7 +7,7 @@ import pytest
 
 from taper.core.controller import Controller
 from taper.core.policies import resolve
-from taper.core.types import Knobs, Plan, StepLoad, StepOutcome, StepView
+from taper.core.types import Knobs, Plan, Slo, StepLoad, StepOutcome, StepView
 from taper.records import RequestRecord
 from taper.sim.cost import Disturbance, StepCost
 from taper.sim.hardware import Hardware
@@ -21,7 +21,7 @@ MACHINE = Hardware(
 
 
 def request(*stages: tuple[int, ...], at: float = 0.0, prompt: int = 4) -> Request:
-    return Request(arrival_s=at, prompt_tokens=prompt, stages=stages, tpot_slo_s=50.0, ttft_slo_s=100.0)
+    return Request(arrival_s=at, prompt_tokens=prompt, stages=stages)
 
 
 def run(
@@ -30,6 +30,7 @@ def run(
     machine: Hardware = MACHINE,
     engine: Engine | None = None,
     duration_s: float = 1e6,
+    slo_s: float = 50.0,
     controller: Controller | None = None,
 ) -> Trace:
     return Simulation(
@@ -37,7 +38,8 @@ def run(
         machine=machine,
         cost=StepCost(machine, Disturbance(), duration_s=duration_s, seed=0),
         engine=engine or Engine(fork_prefill_tokens=1),
-        requests=requests,
+        slo=Slo(tpot_s=slo_s, ttft_s=100.0),
+        requests=[replace(one, index=index) for index, one in enumerate(requests)],
         duration_s=duration_s,
     ).run()
 
@@ -199,10 +201,8 @@ def test_no_token_is_lost_and_none_is_invented(policy: str) -> None:
         fanout=Lengths(low=2, high=6),
         branch=Lengths(low=1, high=12),
     )
-    requests = generate(
-        mix=mix, arrivals=Arrivals(), rate_per_s=0.02, duration_s=5000.0, tpot_slo_s=20.0, ttft_slo_s=99.0, seed=3
-    )
-    trace = run(*requests, policy=policy, engine=Engine(max_requests=6))
+    requests = generate(mix=mix, arrivals=Arrivals(), rate_per_s=0.02, duration_s=5000.0, seed=3)
+    trace = run(*requests, policy=policy, slo_s=20.0, engine=Engine(max_requests=6))
     assert {r.index: r.tokens for r in trace.records} == {i: r.tokens for i, r in enumerate(requests)}
     assert sum(trace.emitted) == sum(r.tokens for r in requests)
     assert all(r.sent_s >= r.scheduled_s and r.ttft_s is not None and r.ttft_s > 0 for r in trace.records)

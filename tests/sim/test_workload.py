@@ -16,9 +16,7 @@ MIX = Mix(
 
 
 def requests(rate: float = 2.0, seed: int = 1, mix: Mix = MIX) -> list[Request]:
-    return generate(
-        mix=mix, arrivals=Arrivals(), rate_per_s=rate, duration_s=100.0, tpot_slo_s=0.1, ttft_slo_s=2.0, seed=seed
-    )
+    return generate(mix=mix, arrivals=Arrivals(), rate_per_s=rate, duration_s=100.0, seed=seed)
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
@@ -49,13 +47,13 @@ def test_a_fork_at_arrival_is_one_parallel_stage() -> None:
 
 
 def test_what_a_request_adds_up_to() -> None:
-    request = Request(arrival_s=0.0, prompt_tokens=1, stages=((5,), (3, 9, 4), (2,)), tpot_slo_s=1.0, ttft_slo_s=1.0)
+    request = Request(arrival_s=0.0, prompt_tokens=1, stages=((5,), (3, 9, 4), (2,)))
     assert (request.tokens, request.serial_tokens, request.critical_path_tokens) == (23, 7, 16)
 
 
 def test_slo_classes_cover_their_shares() -> None:
     mix = Mix(branching_share=0.0, prompt=MIX.prompt, serial=MIX.serial, slo_classes=((0.25, 0.5), (0.25, 2.0)))
-    factors = [r.tpot_slo_s / 0.1 for r in requests(rate=40.0, mix=mix)]
+    factors = [r.slo_factor for r in requests(rate=40.0, mix=mix)]
     shares = [np.isclose(factors, wanted).mean() for wanted in (0.5, 2.0, 1.0)]
     assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
 

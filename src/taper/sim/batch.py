@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from taper.core.types import Bools, Floats, Ints, StepView
+from taper.core.types import Bools, Floats, Ints, Slo, StepView
 from taper.records import ChoiceRecord
 from taper.sim.workload import Request
 
@@ -28,7 +28,6 @@ ARRIVAL, FIRST, TPOT, TTFT, PRIORITY = range(5)
 class Active:
     """What the columns do not say about an admitted request."""
 
-    index: int  # in the run's request list
     spec: Request
     admitted_s: float
     stage: int = 0
@@ -43,11 +42,12 @@ class Active:
 class Batch:
     """G admitted requests with B live branches."""
 
-    def __init__(self, *, fork_prefill_tokens: int) -> None:
+    def __init__(self, *, slo: Slo, fork_prefill_tokens: int) -> None:
         self.active: list[Active] = []
         self.resident_rows = 0
         self.preempted_rows = 0  # preempted and not yet started again
         self.kv_tokens = 0
+        self._slo = slo
         self._tail_tokens = fork_prefill_tokens  # what a branch computes again even where its prefix is held
         self.tokens: Ints = np.zeros(0, dtype=np.int64)
         self.requests: Floats = np.empty((5, 0))
@@ -85,10 +85,10 @@ class Batch:
 
     # --- requests and branches come and go ---
 
-    def admit(self, index: int, spec: Request, *, now_s: float) -> None:
+    def admit(self, spec: Request, *, now_s: float) -> None:
         """Append a request; its first stage begins with one branch, which computes the prompt."""
-        self.active.append(Active(index=index, spec=spec, admitted_s=now_s))
-        column = [spec.arrival_s, np.nan, spec.tpot_slo_s, spec.ttft_slo_s, 0.0]
+        self.active.append(Active(spec=spec, admitted_s=now_s))
+        column = [spec.arrival_s, np.nan, self._slo.tpot_s * spec.slo_factor, self._slo.ttft_s, 0.0]
         self.requests = np.column_stack([self.requests, column])
         self.tokens = np.append(self.tokens, 0)
         self._insert(len(self.request), len(self.active) - 1, spec.stages[0][:1], 0, spec.prompt_tokens, resident=True)

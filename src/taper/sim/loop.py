@@ -20,9 +20,9 @@ import numpy as np
 
 from taper.core.controller import Controller
 from taper.core.policies import FixedCap
-from taper.core.types import ConfigError, Ending, FinishedRequest, StepLoad, StepOutcome
+from taper.core.types import ConfigError, Ending, FinishedRequest, Slo, StepLoad, StepOutcome
 from taper.records import ChoiceRecord, RequestRecord
-from taper.sim.batch import FIRST, Active, Batch
+from taper.sim.batch import FIRST, TPOT, Active, Batch
 from taper.sim.cost import StepCost
 from taper.sim.enforce import Decision, Rows, enforce
 from taper.sim.hardware import Hardware
@@ -61,14 +61,14 @@ class Simulation:
         machine: Hardware,
         cost: StepCost,
         engine: Engine,
-        requests: Sequence[Request],
+        slo: Slo,
+        requests: Sequence[Request] = (),
         duration_s: float,
-        seed: int = 0,
         reuse: bool = True,
     ) -> None:
         """`reuse` False asks the controller before every step: the same results, slower."""
         self.now_s = 0.0
-        self.batch = Batch(fork_prefill_tokens=engine.fork_prefill_tokens)
+        self.batch = Batch(slo=slo, fork_prefill_tokens=engine.fork_prefill_tokens)
         self.trace = Trace()
         self._controller = controller
         self._machine = machine
@@ -76,10 +76,9 @@ class Simulation:
         self._engine = engine
         self._requests: list[Request] = []
         self._duration_s = duration_s
-        self._seed = seed  # for the records only
         self._is_composed = reuse and (controller.policy.is_stock or isinstance(controller.policy, FixedCap))
         self._reuse = reuse
-        self._waiting: deque[int] = deque()
+        self._waiting: deque[Request] = deque()
         self._arrived = 0
         self._rows: Rows | None = None  # of the last step, while the composition lasts
         self._decision: Decision | None = None
@@ -94,18 +93,17 @@ class Simulation:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def submit(self, request: Request) -> int:
-        """A request to come, in order of arrival; returns its index. Raises `ConfigError` if it can never fit."""
+    def submit(self, request: Request) -> None:
+        """A request to come, in order of arrival. Raises `ConfigError` if it can never fit."""
         deepest = request.prompt_tokens
         for stage in request.stages:
             if deepest + max(stage) > self._machine.kv_tokens:
                 raise ConfigError(
-                    f"request {len(self._requests)} needs {deepest + max(stage)} tokens of KV for one branch, "
+                    f"request {request.index} needs {deepest + max(stage)} tokens of KV for one branch, "
                     f"{self._machine.name} has {self._machine.kv_tokens}"
                 )
             deepest += sum(stage)
         self._requests.append(request)
-        return len(self._requests) - 1
 
     def run(self) -> Trace:
         """To the end: the load, then the drain."""
@@ -132,7 +130,7 @@ class Simulation:
     def _admit(self) -> None:
         batch, machine = self.batch, self._machine
         while self._next_arrival_s <= self.now_s:
-            self._waiting.append(self._arrived)
+            self._waiting.append(self._requests[self._arrived])
             self._arrived += 1
             if not self._is_composed:
                 self._repeats = 0  # with somebody waiting there is something to decide
@@ -142,10 +140,10 @@ class Simulation:
             and batch.resident_rows < machine.max_rows
             and not batch.preempted_rows  # they are in front
         ):
-            spec = self._requests[self._waiting[0]]
+            spec = self._waiting[0]
             if spec.prompt_tokens + batch.resident_rows >= machine.kv_tokens - batch.kv_tokens and len(batch):
                 return
-            batch.admit(self._waiting.popleft(), spec, now_s=self.now_s)
+            batch.admit(self._waiting.popleft(), now_s=self.now_s)
             self._composition_changed()
 
     def _composition_changed(self) -> None:
@@ -364,30 +362,31 @@ class Simulation:
 
     def _finish(self, group: int, active: Active) -> FinishedRequest:
         spec = active.spec
-        self.trace.records.append(self._record(active))
+        tpot_slo_s = float(self.batch.requests[TPOT, group])
+        self.trace.records.append(self._record(active, tpot_slo_s))
         return FinishedRequest(
             tokens=spec.tokens,
             serial_tokens=spec.serial_tokens,
             critical_path_tokens=spec.critical_path_tokens,
             residence_s=self.now_s - float(self.batch.requests[FIRST, group]),
             externality_s=self._externality_s - active.externality_before_s,
-            tpot_slo_s=spec.tpot_slo_s,
+            tpot_slo_s=tpot_slo_s,
         )
 
-    def _record(self, active: Active) -> RequestRecord:
+    def _record(self, active: Active, tpot_slo_s: float) -> RequestRecord:
         spec = active.spec
         return RequestRecord(
-            id=str(active.index),
+            id=str(spec.index),
             policy=self._controller.policy.name,
             round=0,
-            seed=self._seed,
-            index=active.index,
+            seed=spec.seed,
+            index=spec.index,
             kind="branching" if spec.branching else "serial",
             branches=max(map(len, spec.stages)),
             prompt_tokens=spec.prompt_tokens,
             scheduled_s=spec.arrival_s,
             sent_s=active.admitted_s,
             ended_s=self.now_s,
-            tpot_slo_s=spec.tpot_slo_s,
+            tpot_slo_s=tpot_slo_s,
             choices=tuple(active.choices),
         )

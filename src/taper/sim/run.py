@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from taper.core.controller import Controller
 from taper.core.policies import resolve
-from taper.core.types import Knobs
+from taper.core.types import Knobs, Slo
 from taper.goodput import Window
 from taper.sim.ablations import ABLATIONS
 from taper.sim.cost import StepCost
@@ -39,8 +39,6 @@ def simulate(case: Case) -> Trace:
         arrivals=scenario.arrivals,
         rate_per_s=setting.rate_per_s,
         duration_s=setting.duration_s,
-        tpot_slo_s=setting.tpot_slo_s,
-        ttft_slo_s=scenario.ttft_slo_s,
         seed=case.seed,
     )
     return Simulation(
@@ -50,9 +48,9 @@ def simulate(case: Case) -> Trace:
         machine=machine,
         cost=StepCost(machine, scenario.disturbance, duration_s=setting.duration_s, seed=case.seed),
         engine=scenario.engine_on(machine),
+        slo=Slo(tpot_s=setting.tpot_slo_s, ttft_s=scenario.ttft_slo_s),
         requests=requests,
         duration_s=setting.duration_s,
-        seed=case.seed,
     ).run()
 
 

@@ -93,8 +93,6 @@ def operating_points(machine: Hardware, mix: Mix, requests: int) -> tuple[Operat
         arrivals=Arrivals(),
         rate_per_s=1.0,
         duration_s=SAMPLED_REQUESTS,
-        tpot_slo_s=1.0,
-        ttft_slo_s=1.0,
         seed=0,
     )
     tokens = float(np.mean([r.tokens for r in sample]))

@@ -16,11 +16,12 @@ Stage = tuple[int, ...]  # output tokens of each branch; one entry = a serial st
 class Request:
     """One logical request as the client sends it, with the lengths its answers will turn out to have."""
 
+    seed: int = 0
+    index: int = 0
     arrival_s: float
     prompt_tokens: int
     stages: tuple[Stage, ...]
-    tpot_slo_s: float
-    ttft_slo_s: float
+    slo_factor: float = 1.0  # on the run's TPOT SLO
 
     @property
     def tokens(self) -> int:
@@ -146,8 +147,6 @@ def generate(
     arrivals: Arrivals,
     rate_per_s: float,
     duration_s: float,
-    tpot_slo_s: float,
-    ttft_slo_s: float,
     seed: int,
 ) -> list[Request]:
     """The requests of one run, by arrival. Same arguments, same requests."""
@@ -157,11 +156,12 @@ def generate(
         rng = np.random.default_rng((seed, 2, index))  # request i stays the same at any load
         requests.append(
             Request(
+                seed=seed,
+                index=index,
                 arrival_s=at,
                 prompt_tokens=mix.prompt.draw(rng),
                 stages=mix.stages(rng),
-                tpot_slo_s=tpot_slo_s * mix.slo_factor(rng),
-                ttft_slo_s=ttft_slo_s,
+                slo_factor=mix.slo_factor(rng),
             )
         )
     return requests
