@@ -96,7 +96,7 @@ async def _exchange(engine: FakeEngine, reader: asyncio.StreamReader, writer: as
         0,
     )
     body = json.loads(await reader.readexactly(length)) if length else {}
-    if path != "/v1/chat/completions":
+    if path not in ("/v1/chat/completions", "/v1/completions"):
         await _answer(writer, *await engine.control(method, path, body))
         return True
     engine.requests.append(body)

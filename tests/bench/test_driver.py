@@ -10,12 +10,17 @@ import pytest
 from taper.bench.client import LoadClient
 from taper.bench.driver import Progress, WindowPlan, WindowResult, run_window
 from taper.core.types import Slo
-from taper.workload.arrivals import arrival_times
-from taper.workload.mix import Mix, schedule
-from taper.workload.regime import Regime
+from taper.workload import Arrivals, Branching, Lengths, Mix, Regime, Synthetic
 from tests.bench.server import Body, FakeEngine, serving, steady
 
-MIX = Mix(branching_share=0.5, fan_out=(2, 3), serial_tokens=(5, 10), branch_tokens=(5, 10))
+SOURCE = Synthetic(
+    arrivals=Arrivals(cv=0.0),
+    mix=Mix(
+        branching_share=0.5,
+        serial=Lengths(low=5, high=10),
+        branching=Branching(at_arrival=True, equal=True, fanout=Lengths(low=2, high=3), branch=Lengths(low=5, high=10)),
+    ),
+)
 
 
 def drive(
@@ -26,8 +31,8 @@ def drive(
     plan: WindowPlan,
     progress: Progress | None = None,
 ) -> WindowResult:
-    regime = Regime(name="t", mix=MIX, rate_rps=rate_rps, max_concurrency=concurrency, slo=Slo(tpot_s=0.5))
-    planned = schedule(MIX, arrival_times(seed=5, rate_rps=rate_rps, cv=0.0, horizon_s=plan.load_s), seed=5)
+    regime = Regime(name="t", source=SOURCE, rate_rps=rate_rps, max_concurrency=concurrency, slo=Slo(tpot_s=0.5))
+    planned = tuple(SOURCE.requests(seed=5, rate_rps=rate_rps, horizon_s=plan.load_s))
 
     async def session() -> WindowResult:
         async with serving(engine) as url, LoadClient(base_url=f"{url}/v1", model="m") as client:

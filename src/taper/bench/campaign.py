@@ -20,9 +20,8 @@ from taper.bench.driver import Progress, WindowPlan, WindowResult, run_window
 from taper.bench.live import Display
 from taper.bench.result import RunResult, metric, run_result
 from taper.records import RequestRecord
-from taper.workload.arrivals import arrival_times
-from taper.workload.mix import Planned, schedule
 from taper.workload.regime import Regime
+from taper.workload.request import Request
 
 _POLL_S = 0.5
 
@@ -52,12 +51,12 @@ def order(policies: Sequence[str], round_: int) -> tuple[str, ...]:
     return (*policies[shift:], *policies[:shift])
 
 
-def planned_requests(campaign: Campaign, round_: int) -> tuple[Planned, ...]:
+def planned_requests(campaign: Campaign, round_: int) -> tuple[Request, ...]:
     """The request sequence of a round, the same for each of its policies."""
-    seed = campaign.seed + round_
     regime = campaign.regime
-    arrivals = arrival_times(seed=seed, rate_rps=regime.rate_rps, cv=regime.arrival_cv, horizon_s=campaign.plan.load_s)
-    return schedule(regime.mix, arrivals, seed=seed)
+    return tuple(
+        regime.source.requests(seed=campaign.seed + round_, rate_rps=regime.rate_rps, horizon_s=campaign.plan.load_s)
+    )
 
 
 async def run_campaign(campaign: Campaign, *, client: LoadClient, control: ControlClient, display: Display) -> Findings:
@@ -95,7 +94,7 @@ async def _window(
     campaign: Campaign,
     policy: str,
     round_: int,
-    planned: Sequence[Planned],
+    planned: Sequence[Request],
     client: LoadClient,
     control: ControlClient,
     display: Display,
