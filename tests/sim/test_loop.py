@@ -13,7 +13,7 @@ from taper.sim.cost import Disturbance, StepCost
 from taper.sim.hardware import Hardware
 from taper.sim.loop import Engine, Simulation
 from taper.sim.trace import Trace
-from taper.sim.workload import Arrivals, Lengths, Mix, Request, generate
+from taper.workload import Branching, Lengths, Mix, Request, Synthetic
 
 MACHINE = Hardware(
     name="m", base_s=10.0, row_s=1.0, context_s=0.0, prefill_s=2.0, max_batched_tokens=8, max_rows=64, noise=0.0
@@ -21,7 +21,7 @@ MACHINE = Hardware(
 
 
 def request(*stages: tuple[int, ...], at: float = 0.0, prompt: int = 4) -> Request:
-    return Request(arrival_s=at, prompt_tokens=prompt, stages=stages)
+    return Request(seed=0, index=0, arrival_s=at, prompt_tokens=prompt, stages=stages)
 
 
 def run(
@@ -193,15 +193,9 @@ def test_observations_lag_by_as_many_steps_as_the_engine_is_told() -> None:
 
 @pytest.mark.parametrize("policy", ["off", "cap:2", "eager", "taper-paper", "taper"])
 def test_no_token_is_lost_and_none_is_invented(policy: str) -> None:
-    mix = Mix(
-        branching_share=0.5,
-        prompt=Lengths(low=1, high=30),
-        serial=Lengths(low=1, high=40),
-        stage=Lengths(low=1, high=5),
-        fanout=Lengths(low=2, high=6),
-        branch=Lengths(low=1, high=12),
-    )
-    requests = generate(mix=mix, arrivals=Arrivals(), rate_per_s=0.02, duration_s=5000.0, seed=3)
+    branching = Branching(stage=Lengths(low=1, high=5), fanout=Lengths(low=2, high=6), branch=Lengths(low=1, high=12))
+    mix = Mix(branching_share=0.5, prompt=Lengths(low=1, high=30), serial=Lengths(low=1, high=40), branching=branching)
+    requests = list(Synthetic(mix=mix).requests(seed=3, rate_rps=0.02, horizon_s=5000.0))
     trace = run(*requests, policy=policy, slo_s=20.0, engine=Engine(max_requests=6))
     assert {r.index: r.tokens for r in trace.records} == {i: r.tokens for i, r in enumerate(requests)}
     assert sum(trace.emitted) == sum(r.tokens for r in requests)

@@ -79,7 +79,7 @@ def main(
 def _table(scenario: scenarios.Scenario, machine: str, results: list[Summary], setting: scenarios.Setting) -> Table:
     table = Table(
         title=f"{scenario.name} on {machine}: {setting.rate_per_s:.2f} req/s for {setting.duration_s:.0f} s, "
-        f"TPOT SLO {setting.tpot_slo_s * 1e3:.1f} ms (off {setting.off.step_s * 1e3:.1f} ms / "
+        f"TPOT SLO {setting.slo.tpot_s * 1e3:.1f} ms (off {setting.off.step_s * 1e3:.1f} ms / "
         f"{setting.off.rate_per_s:.2f} req/s, eager {setting.eager.step_s * 1e3:.1f} ms / "
         f"{setting.eager.rate_per_s:.2f} req/s)"
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from taper.core.types import Bools, Floats, Ints, Slo, StepView
 from taper.records import ChoiceRecord
-from taper.sim.workload import Request
+from taper.workload import Request
 
 # Rows of the three tables behind the columns.
 REQUEST, CONTEXT, PROGRESS, PREFILL, TARGET, FIRST_STEP, LAST_STEP = range(7)

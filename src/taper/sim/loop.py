@@ -13,7 +13,7 @@ backward.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ from taper.sim.cost import StepCost
 from taper.sim.enforce import Decision, Rows, enforce
 from taper.sim.hardware import Hardware
 from taper.sim.trace import Trace
-from taper.sim.workload import Request
+from taper.workload import Request
 
 # As the engine's step meter has it: a step this far above prediction is a hiccup, unless that many come in a row.
 OVERRUN_RATIO = 5.0
@@ -62,7 +62,7 @@ class Simulation:
         cost: StepCost,
         engine: Engine,
         slo: Slo,
-        requests: Sequence[Request] = (),
+        requests: Iterable[Request] = (),
         duration_s: float,
         reuse: bool = True,
     ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from taper.core.controller import Controller
 from taper.core.policies import resolve
-from taper.core.types import Knobs, Slo
+from taper.core.types import Knobs
 from taper.goodput import Window
 from taper.sim.ablations import ABLATIONS
 from taper.sim.cost import StepCost
@@ -17,7 +17,6 @@ from taper.sim.loop import Simulation
 from taper.sim.scenario import Scenario, settle
 from taper.sim.summary import Summary, summarise
 from taper.sim.trace import Trace
-from taper.sim.workload import generate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +33,8 @@ class Case:
 def simulate(case: Case) -> Trace:
     scenario, machine = case.scenario, case.machine
     setting = settle(scenario, machine)
-    requests = generate(
-        mix=scenario.mix_on(machine),
-        arrivals=scenario.arrivals,
-        rate_per_s=setting.rate_per_s,
-        duration_s=setting.duration_s,
-        seed=case.seed,
+    requests = scenario.source_on(machine).requests(
+        seed=case.seed, rate_rps=setting.rate_per_s, horizon_s=setting.duration_s
     )
     return Simulation(
         controller=Controller(
@@ -48,7 +43,7 @@ def simulate(case: Case) -> Trace:
         machine=machine,
         cost=StepCost(machine, scenario.disturbance, duration_s=setting.duration_s, seed=case.seed),
         engine=scenario.engine_on(machine),
-        slo=Slo(tpot_s=setting.tpot_slo_s, ttft_s=scenario.ttft_slo_s),
+        slo=setting.slo,
         requests=requests,
         duration_s=setting.duration_s,
     ).run()
