@@ -14,7 +14,7 @@ import taper
 ROOT = Path(taper.__file__).parent
 FLOORS = (
     {"core"},
-    {"config", "claims", "profile", "records", "goodput", "model", "gguf_convert", "workload"},
+    {"config", "claims", "profile", "records", "goodput", "results", "model", "gguf_convert", "workload"},
     {"sim", "engines", "forkjoin", "bench"},
     {"doctor", "demo", "cli", "vllm_plugin"},
 )

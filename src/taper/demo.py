@@ -200,5 +200,5 @@ def _show(campaign: Campaign, findings: Findings, verdict: Verdict, took_s: floa
 
 
 def _client_share(findings: Findings) -> float:
-    shares = [run.cpu.client for run in findings.runs if run.cpu is not None]
+    shares = [run.engine.client_cpu for run in findings.runs if run.engine.client_cpu is not None]
     return sum(shares) / len(shares) if shares else float("nan")
