@@ -43,6 +43,8 @@ class Conditions:
     round: int = 0
     scenario: str | None = None
     hardware: str | None = None
+    replicas: int = 1  # engines behind one router
+    router: str | None = None
     window: str = ""  # the records with this window belong to the run
     attempt: int = 0  # 0 is the first; a rejected window is repeated
     accepted: bool = True  # False: the machine was busy with something else; kept, left out of medians
@@ -64,6 +66,9 @@ class EngineStats:
     rows_mean: float | None = None
     extra_mean: float | None = None
     deferred_mean: float | None = None
+    requests_mean: float | None = None  # in service
+    preemptions: int | None = None  # of branches, for want of KV
+    recomputed_tokens: int | None = None  # by preempted branches
     unserved: int | None = None  # due before the load stopped, never sent
     drained_s: float | None = None  # from the end of the load to the last answer
     foreign_cpu: float | None = None  # share of the machine that other processes took

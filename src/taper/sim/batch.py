@@ -30,6 +30,7 @@ class Active:
 
     spec: Request
     admitted_s: float
+    continues: bool = False  # a request that another engine, or an earlier part, began
     stage: int = 0
     started: bool = False  # the stage's first branch is past its prompt, so its siblings may exist
     prefix_tokens: int = 0  # KV the request's branches share
@@ -85,13 +86,15 @@ class Batch:
 
     # --- requests and branches come and go ---
 
-    def admit(self, spec: Request, *, now_s: float) -> None:
-        """Append a request; its first stage begins with one branch, which computes the prompt."""
-        self.active.append(Active(spec=spec, admitted_s=now_s))
+    def admit(self, spec: Request, *, now_s: float, held_tokens: int = 0, continues: bool = False) -> None:
+        """Append a request; its first stage begins with one branch, which computes what is not held of the prompt."""
+        self.active.append(Active(spec=spec, admitted_s=now_s, continues=continues))
+        held = min(held_tokens, max(0, spec.prompt_tokens - self._tail_tokens))
         column = [spec.arrival_s, np.nan, self._slo.tpot_s * spec.slo_factor, self._slo.ttft_s, 0.0]
         self.requests = np.column_stack([self.requests, column])
         self.tokens = np.append(self.tokens, 0)
-        self._insert(len(self.request), len(self.active) - 1, spec.stages[0][:1], 0, spec.prompt_tokens, resident=True)
+        last, prefill = len(self.active) - 1, spec.prompt_tokens - held
+        self._insert(len(self.request), last, spec.stages[0][:1], held, prefill, resident=True)
         self.kv_tokens += spec.prompt_tokens
 
     def add_siblings(self, group: int) -> None:

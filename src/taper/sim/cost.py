@@ -27,11 +27,13 @@ class Disturbance:
 class StepCost:
     """Draws one step time after another; the draws are the same for every policy of a seed."""
 
-    def __init__(self, machine: Hardware, disturbance: Disturbance, *, duration_s: float, seed: int) -> None:
+    def __init__(
+        self, machine: Hardware, disturbance: Disturbance, *, duration_s: float, seed: int, replica: int = 0
+    ) -> None:
         self._machine = machine
         self._disturbance = disturbance
         self._duration_s = duration_s
-        self._rng = np.random.default_rng((seed, 7))
+        self._rng = np.random.default_rng((seed, 7, replica))
         self._factors: list[float] = []
 
     def seconds(self, load: StepLoad, now_s: float) -> float:

@@ -42,6 +42,7 @@ class Rows:
     rows: int
     context_tokens: int  # read by the decoding rows in the coming step
     tokens: int  # emitted per step
+    deferred: int  # resident branches that sit the step out
     steps_left: int  # until a decoding branch ends
     preempted: int = 0
     recomputed_tokens: int = 0
@@ -89,6 +90,7 @@ def enforce(batch: Batch, machine: Hardware, decision: Decision) -> Rows:
         rows=rows,
         context_tokens=int(batch.context.dot(decode)),
         tokens=int(np.count_nonzero(emits)),
+        deferred=batch.resident_rows - rows - len(prompts.chunks),
         steps_left=int((batch.target - batch.progress)[decode].min()) if rows else 0,
         preempted=preempted,
         recomputed_tokens=recomputed,

@@ -13,12 +13,13 @@ backward.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taper.core.controller import Controller
+from taper.core.latency import LinearLatency
 from taper.core.policies import FixedCap
 from taper.core.types import ConfigError, Ending, FinishedRequest, Slo, StepLoad, StepOutcome
 from taper.records import ChoiceRecord, RequestRecord
@@ -50,6 +51,15 @@ class Engine:
                 raise ConfigError(f"engine: {name} must be at least {least}, not {getattr(self, name)!r}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A request, and what the engine knows of it already."""
+
+    spec: Request
+    held_tokens: int
+    continues: bool
+
+
 class Simulation:
     """One engine replica under one policy. Load stops at `duration_s`: what waits then is never served, what is in
     service drains. Deterministic."""
@@ -64,9 +74,11 @@ class Simulation:
         slo: Slo,
         requests: Iterable[Request] = (),
         duration_s: float,
+        hold_steps: int = 1,
         reuse: bool = True,
     ) -> None:
-        """`reuse` False asks the controller before every step: the same results, slower."""
+        """With `hold_steps` above 1 a decision is kept that long while the batch's composition lasts: an approximation.
+        `reuse` False asks the controller before every single step: the same results, slower."""
         self.now_s = 0.0
         self.batch = Batch(slo=slo, fork_prefill_tokens=engine.fork_prefill_tokens)
         self.trace = Trace()
@@ -74,11 +86,13 @@ class Simulation:
         self._machine = machine
         self._cost = cost
         self._engine = engine
-        self._requests: list[Request] = []
+        self._requests: list[Submitted] = []
         self._duration_s = duration_s
         self._is_composed = reuse and (controller.policy.is_stock or isinstance(controller.policy, FixedCap))
         self._reuse = reuse
-        self._waiting: deque[Request] = deque()
+        self._hold_steps = hold_steps
+        self.slots_taken = 0  # of `max_requests`
+        self._waiting: deque[Submitted] = deque()
         self._arrived = 0
         self._rows: Rows | None = None  # of the last step, while the composition lasts
         self._decision: Decision | None = None
@@ -91,10 +105,24 @@ class Simulation:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Requests that have come, or are to come, and are not in service."""
+        return len(self._waiting) + len(self._requests) - self._arrived
 
-    def submit(self, request: Request) -> None:
-        """A request to come, in order of arrival. Raises `ConfigError` if it can never fit."""
+    @property
+    def latency(self) -> LinearLatency:
+        """The controller's law, as corrected so far."""
+        return self._controller.latency
+
+    @property
+    def has_work(self) -> bool:
+        return bool(len(self.batch) or self.waiting)
+
+    def submit(self, request: Request, *, held_tokens: int = 0, continues: bool = False) -> None:
+        """A request to come, in order of arrival; of its prompt the engine holds the first `held_tokens`.
+
+        One that `continues` a request in service, here or on another engine, takes no slot of `max_requests` and goes
+        before those that wait for one. Raises `ConfigError` for a request that can never fit.
+        """
         deepest = request.prompt_tokens
         for stage in request.stages:
             if deepest + max(stage) > self._machine.kv_tokens:
@@ -103,17 +131,25 @@ class Simulation:
                     f"{self._machine.name} has {self._machine.kv_tokens}"
                 )
             deepest += sum(stage)
-        self._requests.append(request)
+        self._requests.append(Submitted(spec=request, held_tokens=held_tokens, continues=continues))
+
+    def withdraw(self, stays: Callable[[Request], bool] | None = None) -> None:
+        """Forget the requests that wait, all of them or those that do not stay: they are unserved."""
+        kept = [one for one in self._waiting if stays is not None and stays(one.spec)]
+        self.trace.unserved += len(self._waiting) - len(kept)
+        self._waiting = deque(kept)
 
     def run(self) -> Trace:
         """To the end: the load, then the drain."""
         self.advance(np.inf)
-        self.trace.unserved = len(self._waiting) + len(self._requests) - self._arrived
+        self.trace.unserved = self.waiting
         return self.trace
 
-    def advance(self, until_s: float) -> None:
-        """Run steps until the clock has reached `until_s`, or nothing is left to do before it."""
-        while self.now_s < until_s:
+    def advance(self, until_s: float, *, stop_at_finish: bool = False) -> None:
+        """Run steps until the clock has reached `until_s`, nothing is left to do before it or, if so told, a request
+        has ended."""
+        finished = len(self.trace.records)
+        while self.now_s < until_s and not (stop_at_finish and len(self.trace.records) > finished):
             if self.now_s < self._duration_s:
                 self._admit()
             if len(self.batch):
@@ -125,26 +161,35 @@ class Simulation:
 
     @property
     def _next_arrival_s(self) -> float:
-        return self._requests[self._arrived].arrival_s if self._arrived < len(self._requests) else np.inf
+        return self._requests[self._arrived].spec.arrival_s if self._arrived < len(self._requests) else np.inf
 
     def _admit(self) -> None:
         batch, machine = self.batch, self._machine
         while self._next_arrival_s <= self.now_s:
-            self._waiting.append(self._requests[self._arrived])
+            self._queue(self._requests[self._arrived])
             self._arrived += 1
             if not self._is_composed:
                 self._repeats = 0  # with somebody waiting there is something to decide
         while (
             self._waiting
-            and len(batch) < self._engine.max_requests
+            and (self._waiting[0].continues or self.slots_taken < self._engine.max_requests)
             and batch.resident_rows < machine.max_rows
             and not batch.preempted_rows  # they are in front
         ):
-            spec = self._waiting[0]
-            if spec.prompt_tokens + batch.resident_rows >= machine.kv_tokens - batch.kv_tokens and len(batch):
+            first = self._waiting[0]
+            if first.spec.prompt_tokens + batch.resident_rows >= machine.kv_tokens - batch.kv_tokens and len(batch):
                 return
-            batch.admit(self._waiting.popleft(), now_s=self.now_s)
+            self._waiting.popleft()
+            self.slots_taken += not first.continues
+            batch.admit(first.spec, now_s=self.now_s, held_tokens=first.held_tokens, continues=first.continues)
             self._composition_changed()
+
+    def _queue(self, request: Submitted) -> None:
+        """At the end, but before those that wait for a slot if it needs none."""
+        at = len(self._waiting)
+        while request.continues and at and not self._waiting[at - 1].continues:
+            at -= 1
+        self._waiting.insert(at, request)
 
     def _composition_changed(self) -> None:
         self._rows, self._repeats = None, 0
@@ -206,7 +251,7 @@ class Simulation:
             return 1
         steps = rows.steps_left
         if not self._is_composed:
-            return steps if self._is_stock_step() else 1
+            return steps if self._is_stock_step() else min(steps, self._hold_steps)
         if rows.rows < len(batch.request):  # not with all branches running
             competing = np.bincount(batch.request[~rows.decode], minlength=len(batch)) > 0
             progress = batch.progress[rows.decode & competing[batch.request]]
@@ -249,6 +294,7 @@ class Simulation:
         trace.rows.append(rows.rows)
         trace.prefill_tokens.append(load.prefill_tokens)
         trace.requests.append(in_service)
+        trace.deferred.append(rows.deferred)
         trace.emitted.append(rows.tokens)
         trace.followed.append(rows.tokens)  # the first step of new rows is put right when it lands
         ending = Ending.IGNORED if rows.preempted else self._ending(measured_s, predicted_s)
@@ -362,6 +408,7 @@ class Simulation:
 
     def _finish(self, group: int, active: Active) -> FinishedRequest:
         spec = active.spec
+        self.slots_taken -= not active.continues
         tpot_slo_s = float(self.batch.requests[TPOT, group])
         self.trace.records.append(self._record(active, tpot_slo_s))
         return FinishedRequest(

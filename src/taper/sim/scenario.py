@@ -62,6 +62,13 @@ class Scenario:
     max_requests: int | None = None  # absolute, instead of `concurrency`
     disturbance: Disturbance = field(default_factory=Disturbance)
 
+    @property
+    def branching_share(self) -> float | None:
+        """Of requests; None where the source does not say."""
+        if isinstance(self.source, Synthetic):
+            return self.source.mix.branching_share
+        return self.source.branching_share if isinstance(self.source, Replay) else None
+
     def source_on(self, machine: Hardware) -> Source:
         if self.absolute_lengths:
             return self.source

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from taper.core.types import Floats
+from taper.core.types import Bools, Floats, Ints
+from taper.goodput import Window
 from taper.records import RequestRecord
 
 
@@ -30,7 +32,8 @@ class Trace:
     rows: array[int] = field(default_factory=_counts)
     prefill_tokens: array[int] = field(default_factory=_counts)
     emitted: array[int] = field(default_factory=_counts)
-    requests: array[int] = field(default_factory=_counts)
+    requests: array[int] = field(default_factory=_counts)  # in service
+    deferred: array[int] = field(default_factory=_counts)  # branches that hold KV and sat the step out
     # Gaps between two tokens of a branch. Where both came in consecutive steps the gap is the step: only how many
     # such there were is kept. The others, of deferred and preempted branches, are kept one by one.
     followed: array[int] = field(default_factory=_counts)
@@ -41,17 +44,24 @@ class Trace:
     recomputed_tokens: int = 0
     unserved: int = 0  # requests still waiting when the load stopped
 
-    def gap_percentile_s(self, rank: float, *, start_s: float, end_s: float) -> float | None:
-        """Percentile of the gaps whose second token came in [start, end); None without any."""
+    def inside(self, window: Window) -> Bools:
+        """The steps that ended in the window."""
         ends = np.array(self.end_s)
-        inside = (ends >= start_s) & (ends < end_s)
-        late = inside[np.array(self.gap_step)]
-        gaps = np.concatenate([np.array(self.step_s)[inside], np.array(self.gap_s)[late]])
-        counts = np.concatenate([np.array(self.followed)[inside], np.ones(int(late.sum()), dtype=np.int64)])
-        return weighted_percentile(gaps, counts, rank)
+        return np.asarray((ends >= window.start_s) & (ends < window.end_s))
 
 
-def weighted_percentile(values: Floats, counts: Floats, rank: float) -> float | None:
+def gap_percentile_s(traces: Iterable[Trace], rank: float, window: Window) -> float | None:
+    """Percentile of the inter-token gaps whose second token came inside the window; None without any."""
+    gaps, counts = [], []
+    for trace in traces:
+        inside = trace.inside(window)
+        late = inside[np.array(trace.gap_step)]
+        gaps += [np.array(trace.step_s)[inside], np.array(trace.gap_s)[late]]
+        counts += [np.array(trace.followed)[inside], np.ones(int(late.sum()), dtype=np.int64)]
+    return weighted_percentile(np.concatenate(gaps), np.concatenate(counts), rank)
+
+
+def weighted_percentile(values: Floats, counts: Ints, rank: float) -> float | None:
     """The least value that at least `rank` percent of all counts do not exceed."""
     order = np.argsort(values, kind="stable")
     below = np.cumsum(counts[order])
