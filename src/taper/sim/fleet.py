@@ -134,7 +134,6 @@ class FleetSimulation:
         for tokens in spread.spec.stages[spread.stage]:
             index = self._router.place()
             placed.setdefault(index, []).append(tokens)
-            self._router.changed(index, self.engines[index])
         if spread.home < 0:
             spread.home = next(iter(placed))
         spread.pending = len(placed)
