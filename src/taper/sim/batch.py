@@ -4,7 +4,8 @@ Request columns have shape (G,), branch columns shape (B,) with branches of a re
 the columns in place; only a fork, a join, an admission or a completion changes their length.
 
 KV is counted in tokens: a request's prefix once while any of its branches holds it, and of every resident branch
-what it has beyond the prefix, prompt tokens it has yet to compute included (they are reserved when it starts).
+what it has beyond the prefix, prompt tokens it has yet to compute included (they are reserved when it starts). Ended
+branches keep theirs for the join; what of it was evicted meanwhile is computed again there, and allocated first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Active:
     started: bool = False  # the stage's first branch is past its prompt, so its siblings may exist
     prefix_tokens: int = 0  # KV the request's branches share
     holds_prefix: bool = True
+    kept_tokens: int = 0  # KV of this stage's ended branches, for the join
     live: int = 1
     externality_before_s: float = 0.0  # the run's externality clock at the first token
     choices: list[ChoiceRecord] = field(default_factory=list)  # of ended branches
@@ -111,9 +113,11 @@ class Batch:
         """The request's next stage: one resident branch (the last of the stage before is gone)."""
         active = self.active[group]
         produced = sum(active.spec.stages[active.stage])
+        lost = produced - active.kept_tokens
+        self.kv_tokens += lost
+        recomputed_tokens = max(recomputed_tokens, lost)
         active.prefix_tokens += produced
-        self.kv_tokens += produced if active.holds_prefix else active.prefix_tokens
-        active.holds_prefix = True
+        active.kept_tokens = 0
         active.stage += 1
         active.live = 1
         at = int(np.searchsorted(self.request, group))
@@ -122,10 +126,14 @@ class Batch:
         self.add_siblings(group)
 
     def drop_branches(self, done: Bools) -> None:
-        """Ended branches, resident all of them, leave with what they hold beyond their request's prefix."""
+        """Ended branches, resident all of them, leave; what they hold stays until the join, if one is to come."""
         for branch in done.nonzero()[0].tolist():
+            active = self.active[self.request[branch]]
             self.resident_rows -= 1
-            self.kv_tokens -= self._own_tokens(branch)
+            if active.stage + 1 < len(active.spec.stages):
+                active.kept_tokens += self._own_tokens(branch)
+            else:
+                self.kv_tokens -= self._own_tokens(branch)
         kept = (~done).nonzero()[0]
         self._set(self.branches.take(kept, axis=1), self.flags.take(kept, axis=1))
 
@@ -173,7 +181,8 @@ class Batch:
         """Free the prefix of a request without a resident branch; whichever starts next computes it."""
         active = self.active[group]
         active.holds_prefix = False
-        self.kv_tokens -= active.prefix_tokens
+        self.kv_tokens -= active.prefix_tokens + active.kept_tokens
+        active.kept_tokens = 0
         own = self.request == group
         self.prefill[own] += self.context[own]
         self.context[own] = 0

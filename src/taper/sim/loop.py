@@ -197,24 +197,23 @@ class Simulation:
     # --- a step ---
 
     def _step(self, until_s: float) -> None:
-        rows = self._rows
-        if rows is None or not self._repeats:
-            decision = self._decide()
-            if (
-                rows is None
-                or rows.run_bytes != decision.run.tobytes()
-                or not rows.is_steady
-                or self._is_kv_short(rows)
-            ):
-                rows = enforce(self.batch, self._machine, decision)
-            self._decision = decision
-            self._rows, self._repeats = rows, self._horizon(rows)
-        else:
-            decision = self._decision  # type: ignore[assignment]
+        decision, rows = self._next()
         steps, outcome = self._run_for(rows, decision, until_s)
         self._land(rows, steps)
         finished = self._advance() if not rows.is_steady or not rows.steps_left else []
         self._tell(replace(outcome, finished=tuple(finished)) if finished else outcome)
+
+    def _next(self) -> tuple[Decision, Rows]:
+        """What the coming step is to run, and what of it does."""
+        decision, rows = self._decision, self._rows
+        is_short = rows is not None and rows.rows > self._machine.kv_tokens - self.batch.kv_tokens
+        if decision is None or rows is None or not self._repeats or is_short:
+            decision = self._decide()
+            if rows is None or is_short or not rows.is_steady or rows.run_bytes != decision.run.tobytes():
+                rows = enforce(self.batch, self._machine, decision)
+            self._decision, self._rows = decision, rows
+            self._repeats = self._horizon(rows)
+        return decision, rows
 
     def _decide(self) -> Decision:
         batch, machine = self.batch, self._machine
@@ -259,9 +258,6 @@ class Simulation:
             if len(progress):
                 steps = min(steps, quantum - int((progress % quantum).max()))
         return steps
-
-    def _is_kv_short(self, rows: Rows) -> bool:
-        return rows.rows > self._machine.kv_tokens - self.batch.kv_tokens
 
     def _run_for(self, rows: Rows, decision: Decision, until_s: float) -> tuple[int, StepOutcome]:
         """As many steps as the decision, time and KV allow: (their number, the last one's outcome)."""
