@@ -72,3 +72,11 @@ def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:
 def test_no_two_parts_share_a_field() -> None:
     names = [spec.name for kind in (Conditions, Summary, EngineStats) for spec in fields(kind)]
     assert len(set(names)) == len(names)
+
+
+def test_the_docs_describe_every_field() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
+    table = text[text.index("| field | unit | meaning |") : text.index("How goodput, attainment")]
+    for kind in (Conditions, Summary, EngineStats):
+        for spec in fields(kind):
+            assert f"`{spec.name}`" in table, spec.name

@@ -15,13 +15,14 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from taper.core.types import ConfigError
 from taper.goodput import Summary
 
 SCHEMA = "taper.runs/1"
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class ResultsError(ValueError):
+class ResultsError(ConfigError):
     """A results file that cannot be read; the message names the file, the run and the field."""
 
 
@@ -39,6 +40,7 @@ class Conditions:
     slo_ttft_s: float | None = None  # None: time to first token was reported, not judged
     slo_at: float | None = None  # where the TPOT SLO lies between off's step (0) and eager's (1)
     concurrency: int | None = None  # requests in service at most, the same for every policy
+    bound_tok_s: float | None = None  # goodput that no policy can pass by the latency law
     seed: int = 0  # of the request sequence
     round: int = 0
     scenario: str | None = None

@@ -40,6 +40,7 @@ def run(
                 scheduled_s=now_s - 1.0,
                 deadline_s=now_s + timeout_s,
                 cache_salt="salt",
+                claim_slo=request.slo_factor != 1.0,
             )
             return await client.run(request, sending)
 

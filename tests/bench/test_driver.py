@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
@@ -30,9 +31,11 @@ def drive(
     concurrency: int,
     plan: WindowPlan,
     progress: Progress | None = None,
+    slo_classes: tuple[tuple[float, float], ...] = (),
 ) -> WindowResult:
-    regime = Regime(name="t", source=SOURCE, rate_rps=rate_rps, max_concurrency=concurrency, slo=Slo(tpot_s=0.5))
-    planned = tuple(SOURCE.requests(seed=5, rate_rps=rate_rps, horizon_s=plan.load_s))
+    source = replace(SOURCE, mix=replace(SOURCE.mix, slo_classes=slo_classes))
+    regime = Regime(name="t", source=source, rate_rps=rate_rps, max_concurrency=concurrency, slo=Slo(tpot_s=0.5))
+    planned = tuple(source.requests(seed=5, rate_rps=rate_rps, horizon_s=plan.load_s))
 
     async def session() -> WindowResult:
         async with serving(engine) as url, LoadClient(base_url=f"{url}/v1", model="m") as client:
@@ -87,3 +90,13 @@ def test_what_does_not_finish_in_the_drain_is_a_time_out() -> None:
     result = drive(FakeEngine(script=never), rate_rps=10.0, concurrency=10, plan=plan)
     assert [str(record.error)[:8] for record in result.records] == ["time-out", "time-out"]
     assert result.drained_s >= 0.29
+
+
+@pytest.mark.parametrize(("classes", "claimed"), [((), {None}), (((0.5, 2.0),), {500.0, 1000.0})])
+def test_slos_are_claimed_where_they_differ(
+    classes: tuple[tuple[float, float], ...], claimed: set[float | None]
+) -> None:
+    engine = FakeEngine()
+    plan = WindowPlan(ramp_s=0.0, measure_s=0.4, drain_s=20.0)
+    drive(engine, rate_rps=40.0, concurrency=16, plan=plan, slo_classes=classes)
+    assert {body.get("vllm_xargs", {}).get("taper_tpot_slo_ms") for body in engine.requests} == claimed

@@ -8,6 +8,9 @@ from taper.cli import cli
 from taper.core.types import ConfigError
 from taper.results import read_runs
 from taper.sim.command import Options, cases_of, fleets_of
+from taper.sim.hardware import HARDWARE
+from taper.sim.scenario import settle
+from taper.workload import contended
 
 SMALL = ["--steps", "120", "--policies", "off,taper", "--workers", "1"]
 
@@ -42,6 +45,22 @@ def test_lists_multiply() -> None:
     assert {len(table) for table in tables} == {6 * 3}
     knee = [table[0].scenario.load for table in tables if table[0].scenario.name == "knee"]
     assert sorted(set(knee)) == [0.45, 1.8]
+
+
+def test_contended_is_the_bench_s_regime_for_the_hardware() -> None:
+    options = Options(scenarios="contended", hardware="cpu-smollm2", loads="0.5", shares="0.4", seeds=1, policies="off")
+    ((case,),) = cases_of(options)
+    regime = contended(HARDWARE["cpu-smollm2"].predictor(), load=1.0)
+    setting = settle(case.scenario, case.machine)
+    assert (setting.rate_per_s, setting.slo) == (regime.rate_rps, regime.slo)
+    assert case.scenario.engine_on(case.machine).max_requests == regime.max_concurrency
+    requests = case.scenario.source_on(case.machine).requests(seed=3, rate_rps=regime.rate_rps, horizon_s=20.0)
+    assert list(requests) == list(regime.source.requests(seed=3, rate_rps=regime.rate_rps, horizon_s=20.0))
+
+
+def test_a_share_replaces_the_scenario_s_own() -> None:
+    options = Options(scenarios="knee", shares="0.25,0.5", seeds=1, policies="off")
+    assert [table[0].scenario.branching_share for table in cases_of(options)] == [0.25, 0.5]
 
 
 def test_all_is_every_scenario_and_the_trace_only_with_a_file() -> None:

@@ -7,7 +7,7 @@ import pytest
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError
 from taper.workload import Branching, Lengths, Mix, Synthetic, contended
-from taper.workload.regime import Footprint, Regime, operating_point, tok_s_at
+from taper.workload.regime import Footprint, Regime, operating_point, output_factor, tok_s_at
 
 CPU = LinearLatency(base_s=0.014, row_s=0.0005, context_s=1.7e-6, prefill_s=0.00036)
 GPU = LinearLatency(base_s=0.0112, row_s=0.0001, context_s=33e-9, prefill_s=55e-6)
@@ -101,3 +101,10 @@ def test_free_rows_leave_nothing_to_regulate() -> None:
         contended(free)
     with pytest.raises(ConfigError, match="no branches worth regulating"):
         contended(CPU, source=Synthetic(mix=Mix(branching_share=0.0)))
+
+
+def test_dear_prompts_do_not_shrink_outputs() -> None:
+    dear = LinearLatency(base_s=0.010, row_s=0.001, context_s=0.0, prefill_s=0.1)
+    # 35 tokens in steps of 17 ms at 7 rows: 0.6 s, whatever the prompts cost
+    assert output_factor(SOURCE, dear, concurrency=7, longest_s=0.6) == 1.0
+    assert output_factor(SOURCE, dear, concurrency=7, longest_s=0.3) == pytest.approx(0.5, rel=0.1)

@@ -36,6 +36,7 @@ class Sending:
     round: int
     slo: Slo
     judge_ttft: bool = False
+    claim_slo: bool = False  # tell the server the request's own SLO: where not all have the same
     scheduled_s: float
     deadline_s: float  # on the client's clock; whatever is not finished by then is a time-out
     cache_salt: str | None = None  # keeps one window's prompts out of the next one's prefix cache
@@ -184,7 +185,7 @@ class LoadClient:
         claims: dict[str, Any] = {}
         if grouped:
             claims["taper_group"] = f"{sending.policy}-{sending.cache_salt or sending.round}-{request.index}"
-        if request.slo_factor != 1.0:
+        if sending.claim_slo:
             claims["taper_tpot_slo_ms"] = sending.slo.tpot_s * request.slo_factor * MS_PER_S
         if claims:
             fields["vllm_xargs"] = claims

@@ -84,6 +84,7 @@ async def run_window(
     run = _Run(begin_s=clock(), slots=asyncio.Semaphore(regime.max_concurrency))
     stop_s = run.begin_s + plan.load_s
     salt = f"{round_}-{run.begin_s:.3f}"
+    classes = len({one.slo_factor for one in planned}) > 1
 
     async def serve(one: Request) -> None:
         sending = Sending(
@@ -94,6 +95,7 @@ async def run_window(
             deadline_s=stop_s + plan.drain_s,
             cache_salt=salt,
             judge_ttft=judge_ttft,
+            claim_slo=classes,
             window=window,
         )
         state.in_service += 1

@@ -46,7 +46,7 @@ class Job:
     def server_slo(self) -> Slo:
         """The tightest that any request asks for: a client may loosen the server's SLO but not tighten it."""
         tightest = min((one.slo_factor for one in self.requests), default=1.0)
-        return Slo(tpot_s=self.regime.slo.tpot_s * min(1.0, tightest), ttft_s=self.regime.slo.ttft_s)
+        return Slo(tpot_s=self.regime.slo.tpot_s * tightest, ttft_s=self.regime.slo.ttft_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +17,14 @@ from taper.core.types import ConfigError
 from taper.results import Run, document
 from taper.sim import scenario as scenarios
 from taper.sim.fleet import Fleet
-from taper.sim.hardware import hardware
+from taper.sim.hardware import Hardware, hardware
 from taper.sim.routers import check_router
 from taper.sim.run import Case, policy_named, run_all
 from taper.sim.scenario import Scenario
 
 POLICIES = "off,cap:2,cap:5,eager,taper-paper,taper"
 ALL = "all"
+CONTENDED = "contended"  # no file: it follows from the hardware's law
 MAX_LOAD = 1000
 MAX_REPLICAS = 10_000
 NEEDS_A_FILE = ("trace",)
@@ -51,6 +53,7 @@ class Options:
     policies: str = POLICIES
     seeds: int = 5
     loads: str = "1"  # x the scenario's own load
+    shares: str | None = None  # of requests that branch, instead of the scenario's own
     steps: int | None = None  # length of the load in steps of off, instead of the scenario's
     trace: Path | None = None
     replicas: str = "1"
@@ -65,28 +68,37 @@ def cases_of(options: Options) -> list[list[Case]]:
     policies = _split(options.policies, "--policies")
     for name in policies:
         policy_named(name)
+    return [
+        [
+            Case(
+                scenario=scenario, machine=machine, policy=policy, seed=seed, fleet=fleet, hold_steps=options.hold_steps
+            )
+            for policy in policies
+            for seed in range(options.seeds)
+        ]
+        for scenario in scenarios_of(options, machine)
+        for fleet in fleets_of(options)
+    ]
+
+
+def scenarios_of(options: Options, machine: Hardware) -> list[Scenario]:
+    """Every scenario at every load and branching share."""
     every = [name for name in scenarios.names() if options.trace or name not in NEEDS_A_FILE]
     names = every if options.scenarios == ALL else _split(options.scenarios, "--scenario")
-    tables = []
-    for scenario in (scenarios.load(name, trace=options.trace) for name in names):
-        for load in _numbers(options.loads, "--load"):
-            settled = _resized(scenario, load, options.steps)
-            for fleet in fleets_of(options):
-                tables.append(
-                    [
-                        Case(
-                            scenario=settled,
-                            machine=machine,
-                            policy=policy,
-                            seed=seed,
-                            fleet=fleet,
-                            hold_steps=options.hold_steps,
-                        )
-                        for policy in policies
-                        for seed in range(options.seeds)
-                    ]
-                )
-    return tables
+    loads = _numbers(options.loads, "--load")
+    shares = _numbers(options.shares, "--share", high=1.0) if options.shares else [None]
+    chosen: list[Scenario] = []
+    for name, share in itertools.product(names, shares):
+        if name == CONTENDED:
+            chosen += [scenarios.contended_on(machine, load=x * scenarios.CONTENDED_LOAD, share=share) for x in loads]
+            continue
+        scenario = scenarios.load(name, trace=options.trace)
+        if share is not None:
+            scenario = replace(scenario, source=scenario.source.shared(share))
+        chosen += [_loaded(scenario, load) for load in loads]
+    if options.steps:
+        chosen = [replace(scenario, duration_steps=options.steps, duration_s=None) for scenario in chosen]
+    return chosen
 
 
 def simulate(options: Options, console: Console, *, json_path: Path | None = None) -> list[Run]:
@@ -119,8 +131,10 @@ def table_of(case: Case, runs: Sequence[Run]) -> Table:
     """Medians over the seeds."""
     setting = scenarios.settle(case.scenario, case.machine)
     fleet = f", {case.fleet.replicas} replicas, {case.fleet.router}" if case.fleet.replicas > 1 else ""
+    branching = case.scenario.branching_share
+    share = "" if branching is None else f", {branching:.0%} branching"
     table = Table(
-        title=f"{case.scenario.name} on {case.machine.name}{fleet}: load {case.scenario.load:g}, "
+        title=f"{case.scenario.name} on {case.machine.name}{fleet}: load {case.scenario.load:g}{share}, "
         f"{setting.rate_per_s:.2f} req/s per replica for {setting.duration_s:.0f} s, "
         f"TPOT SLO {setting.slo.tpot_s * 1e3:.1f} ms "
         f"(off {setting.off.step_s * 1e3:.1f} ms / {setting.off.rate_per_s:.2f} req/s, "
@@ -154,11 +168,9 @@ def _counted(runs: Iterator[Run], count: int, progress: Progress, task: object) 
         progress.advance(task)  # type: ignore[arg-type]
 
 
-def _resized(scenario: Scenario, load: float, steps: int | None) -> Scenario:
-    if scenario.rate_per_s is not None:
-        scenario = replace(scenario, rate_per_s=scenario.rate_per_s * load)
-    scenario = replace(scenario, load=scenario.load * load)
-    return replace(scenario, duration_steps=steps, duration_s=None) if steps else scenario
+def _loaded(scenario: Scenario, load: float) -> Scenario:
+    rate_per_s = None if scenario.rate_per_s is None else scenario.rate_per_s * load
+    return replace(scenario, load=scenario.load * load, rate_per_s=rate_per_s)
 
 
 def _cell(values: list[float | None], factor: float, spec: str) -> str:

@@ -90,7 +90,7 @@ def conditions_of(case: Case, setting: Setting) -> Conditions:
     scenario = case.scenario
     return Conditions(
         policy=case.policy,
-        load=scenario.load if scenario.rate_per_s is None else None,
+        load=scenario.load,
         rate_rps=setting.rate_per_s * case.fleet.replicas,
         share=scenario.branching_share,
         slo_tpot_s=setting.slo.tpot_s,

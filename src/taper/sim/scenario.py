@@ -27,7 +27,22 @@ from taper.core.types import ConfigError, Slo, StepLoad
 from taper.sim.cost import Disturbance
 from taper.sim.hardware import Hardware
 from taper.sim.loop import Engine
-from taper.workload import Arrivals, Demand, Replay, Source, Synthetic, parse_branching, parse_mix, profile, read_trace
+from taper.workload import (
+    Arrivals,
+    Demand,
+    Regime,
+    Replay,
+    Source,
+    Synthetic,
+    contended,
+    parse_branching,
+    parse_mix,
+    profile,
+    read_trace,
+)
+from taper.workload.regime import Footprint
+
+CONTENDED_LOAD = 2.0  # x the throughput that fits the SLO, by default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +137,33 @@ def settle(scenario: Scenario, machine: Hardware) -> Setting:
     )
 
 
+def of_regime(regime: Regime, *, load: float, **settings: Any) -> Scenario:
+    """The scenario of an operating point of the bench or the demo: the same requests, rate, SLO and bound.
+
+    `settings` are further fields, such as the duration. A sibling computes half a KV block again, as there.
+    """
+    return Scenario(
+        name=regime.name,
+        summary=regime.reason,
+        source=regime.source,
+        load=load,
+        rate_per_s=regime.rate_rps,
+        tpot_slo_s=regime.slo.tpot_s,
+        ttft_slo_s=regime.slo.ttft_s,
+        max_requests=regime.max_concurrency,
+        absolute_lengths=True,
+        fork_prefill_tokens=int(Footprint().branch_prefill_tokens),
+        **settings,
+    )
+
+
+def contended_on(machine: Hardware, *, load: float = CONTENDED_LOAD, share: float | None = None) -> Scenario:
+    """The regime that the demo and the bench choose for a machine with this law, at a multiple of what fits the SLO."""
+    source = Synthetic()
+    regime = contended(machine.predictor(), source=source if share is None else source.shared(share), load=load)
+    return of_regime(regime, load=load)
+
+
 def names() -> list[str]:
     folder = resources.files("taper.sim") / "scenarios"
     return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
@@ -138,7 +180,9 @@ def load(name: str, *, trace: Path | None = None) -> Scenario:
         except OSError as error:
             raise ConfigError(f"scenario {name}: {error.strerror or error}") from error
     if name not in names():
-        raise ConfigError(f"unknown scenario {name!r}; known: {', '.join(names())}, or the path of a .toml file")
+        raise ConfigError(
+            f"unknown scenario {name!r}; known: {', '.join(names())}, contended, or the path of a .toml file"
+        )
     text = (resources.files("taper.sim") / "scenarios" / f"{name}.toml").read_text("utf-8")
     return parse(name, text, trace=trace)
 

@@ -23,7 +23,7 @@ The bound that follows from the law alone: rows at the SLO over the SLO, against
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError, Slo, check_range
@@ -106,14 +106,15 @@ def contended(
 
     `slo_between` places the SLO between the mean step of off (0) and of eager (1), unless `tpot_slo_s` gives it;
     `load` is the offered load over the throughput at a step as long as that SLO, unless `rate_rps` gives the rate.
-    Where a mean request would take more than `longest_s` at width 1, all outputs shrink by the same factor: a
+    Where a mean request would decode for more than `longest_s` at width 1, all outputs shrink by the same factor: a
     window of seconds has to hold many requests. Raises ConfigError where the law leaves no room.
     """
     source = source or Synthetic()
     demand = source.demand()
     requests = concurrency or concurrency_for(law, demand, fill=fill, footprint=footprint)
     if longest_s is not None:
-        source = _shortened(source, law, requests, longest_s, footprint)
+        factor = output_factor(source, law, concurrency=requests, longest_s=longest_s, footprint=footprint)
+        source = source.scaled(factor)
         demand = source.demand()
     off, eager = (
         operating_point(law, demand, concurrency=requests, eager=width, footprint=footprint) for width in (False, True)
@@ -151,15 +152,20 @@ def tok_s_at(tpot_slo_s: float, off: OperatingPoint, eager: OperatingPoint) -> f
     return (off.rows + share * (eager.rows - off.rows)) / (off.step_s + share * (eager.step_s - off.step_s))
 
 
-def _shortened(
-    source: Source, law: LinearLatency, concurrency: int, longest_s: float, footprint: Footprint | None
-) -> Source:
-    """`source` with outputs short enough for its requests to take `longest_s` on average at width 1, within a tenth."""
-    for _ in range(4):  # shorter outputs make prefill a larger part of the step
-        demand = source.demand()
-        step_s = operating_point(law, demand, concurrency=concurrency, eager=False, footprint=footprint).step_s
+def output_factor(
+    source: Source, law: LinearLatency, *, concurrency: int, longest_s: float, footprint: Footprint | None = None
+) -> float:
+    """The factor, at most 1, on outputs with which a mean request decodes for `longest_s` at width 1, within a tenth.
+
+    Prefill is left out: it does not get less with shorter outputs.
+    """
+    decode = replace(law, prefill_s=0.0)
+    factor = 1.0
+    for _ in range(6):  # shorter outputs have less context, too
+        demand = source.scaled(factor).demand()
+        step_s = operating_point(decode, demand, concurrency=concurrency, eager=False, footprint=footprint).step_s
         alone_s = demand.off_steps * step_s
         if alone_s <= 1.1 * longest_s:
             break
-        source = source.scaled(longest_s / alone_s)
-    return source
+        factor *= longest_s / alone_s
+    return factor

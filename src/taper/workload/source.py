@@ -36,6 +36,10 @@ class Source(Protocol):
         """Outputs `factor` and prompts `prompt` times as long."""
         ...
 
+    def within(self, context_tokens: int | None) -> Self:
+        """The same with every request shrunk to fit a context; None: no bound."""
+        ...
+
     def describe(self) -> str:
         """For a reader of the output."""
         ...
@@ -76,6 +80,9 @@ class Synthetic:
 
     def scaled(self, factor: float, *, prompt: float = 1.0) -> Synthetic:
         return replace(self, mix=self.mix.scaled(factor, prompt=prompt))
+
+    def within(self, context_tokens: int | None) -> Synthetic:
+        return replace(self, context_tokens=context_tokens)
 
     def shared(self, share: float) -> Synthetic:
         return replace(self, mix=replace(self.mix, branching_share=share))
@@ -134,14 +141,14 @@ class Replay:
         return Demand.of([(self._request(_SAMPLE_SEED, int(index), 0.0), 1 / count) for index in chosen])
 
     def describe(self) -> str:
-        shape = f" ({self.branching})" if self.branching else ""
-        return (
-            f"trace of {len(self.rows)} requests, {self.branching_share:.0%} branch{shape}; prompts x"
-            f" {self.prompt_scale:g}, outputs x {self.output_scale:g}"
-        )
+        shape = f" ({self.branching.scaled(self.output_scale)})" if self.branching else ""
+        return f"trace of {len(self.rows)} requests, {self.branching_share:.0%} branch{shape}"
 
     def scaled(self, factor: float, *, prompt: float = 1.0) -> Replay:
         return replace(self, output_scale=self.output_scale * factor, prompt_scale=self.prompt_scale * prompt)
+
+    def within(self, context_tokens: int | None) -> Replay:
+        return replace(self, context_tokens=context_tokens)
 
     def shared(self, share: float) -> Replay:
         return replace(self, branching_share=share)
