@@ -105,7 +105,7 @@ def test_load_stops_and_spread_requests_in_service_go_on_to_their_end() -> None:
     assert sorted(record.index for record in simulation.run()) == [0, 1]
     assert all(record.tokens == 10 for record in simulation.records)
     assert sum(engine.trace.unserved for engine in simulation.engines) == 2
-    assert [engine.slots_taken for engine in simulation.engines] == [0, 0]
+    assert [engine.queue.slots_taken for engine in simulation.engines] == [0, 0]
 
 
 @pytest.mark.parametrize("router", ROUTERS)

@@ -50,6 +50,7 @@ class Batch:
         self.resident_rows = 0
         self.preempted_rows = 0  # preempted and not yet started again
         self.kv_tokens = 0
+        self.version = 0  # another one whenever a branch comes or goes
         self._slo = slo
         self._tail_tokens = fork_prefill_tokens  # what a branch computes again even where its prefix is held
         self.tokens: Ints = np.zeros(0, dtype=np.int64)
@@ -60,6 +61,7 @@ class Batch:
         return len(self.active)
 
     def _set(self, branches: Ints, flags: Bools) -> None:
+        self.version += 1
         self.branches, self.flags = branches, flags
         self.request, self.context, self.progress, self.prefill, self.target, self.first_step, self.last_step = branches
         self.resident, self.ran, self.preempted, self.pinned = flags

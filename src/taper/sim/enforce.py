@@ -33,6 +33,7 @@ class Decision:
 class Rows:
     """What does run. While `is_steady` the same decision means the same rows in the next step."""
 
+    version: int  # of the batch
     run_bytes: bytes  # of the decision's mask
     decode: Bools  # (B,)
     chunks: list[tuple[int, int]]  # (branch, prompt tokens)
@@ -81,6 +82,7 @@ def enforce(batch: Batch, machine: Hardware, decision: Decision) -> Rows:
     rows = int(np.count_nonzero(decode))
     emitted = emits.astype(np.int64)
     return Rows(
+        version=batch.version,
         run_bytes=decision.run.tobytes(),
         decode=decode,
         chunks=prompts.chunks,

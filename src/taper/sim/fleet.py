@@ -167,7 +167,7 @@ class FleetSimulation:
         spread = part.spread
         home = self.engines[spread.home]
         if spread.stage == 0 and part.engine == spread.home:
-            home.slots_taken += 1  # the engine gave it back with the part
+            home.queue.slots_taken += 1  # the engine gave it back with the part
         spread.records.append(record)
         spread.held_tokens[part.engine] = spread.prefix_tokens + record.tokens
         spread.pending -= 1
@@ -178,7 +178,7 @@ class FleetSimulation:
         if spread.stage < len(spread.spec.stages):
             heapq.heappush(self._forks, (record.ended_s, next(self._serial), spread))
             return
-        home.slots_taken -= 1
+        home.queue.slots_taken -= 1
         self.records.append(_joined(spread))
 
 

@@ -22,11 +22,12 @@ from taper.core.controller import Controller
 from taper.core.latency import LinearLatency
 from taper.core.policies import FixedCap
 from taper.core.types import ConfigError, Ending, FinishedRequest, Slo, StepLoad, StepOutcome
-from taper.records import ChoiceRecord, RequestRecord
-from taper.sim.batch import FIRST, TPOT, Active, Batch
+from taper.sim.batch import Batch
 from taper.sim.cost import StepCost
 from taper.sim.enforce import Decision, Rows, enforce
 from taper.sim.hardware import Hardware
+from taper.sim.landing import Landing
+from taper.sim.queue import Queue
 from taper.sim.trace import Trace
 from taper.workload import Request
 
@@ -51,15 +52,6 @@ class Engine:
                 raise ConfigError(f"engine: {name} must be at least {least}, not {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
-    """A request, and what the engine knows of it already."""
-
-    spec: Request
-    held_tokens: int
-    continues: bool
-
-
 class Simulation:
     """One engine replica under one policy. Load stops at `duration_s`: what waits then is never served, what is in
     service drains. Deterministic."""
@@ -82,19 +74,19 @@ class Simulation:
         self.now_s = 0.0
         self.batch = Batch(slo=slo, fork_prefill_tokens=engine.fork_prefill_tokens)
         self.trace = Trace()
+        self.queue = Queue(machine, slots=engine.max_requests)
+        self._landing = Landing(
+            self.batch, self.queue, self.trace, policy=controller.policy.name, join_prefill=engine.join_prefill
+        )
         self._controller = controller
         self._machine = machine
         self._cost = cost
-        self._engine = engine
-        self._requests: list[Submitted] = []
+        self._lag_steps = engine.lag_steps
         self._duration_s = duration_s
         self._is_composed = reuse and (controller.policy.is_stock or isinstance(controller.policy, FixedCap))
         self._reuse = reuse
         self._hold_steps = hold_steps
-        self.slots_taken = 0  # of `max_requests`
-        self._waiting: deque[Submitted] = deque()
-        self._arrived = 0
-        self._rows: Rows | None = None  # of the last step, while the composition lasts
+        self._rows: Rows | None = None  # of the last step
         self._decision: Decision | None = None
         self._repeats = 0  # further steps for which the last decision is known to hold
         self._externality_s = 0.0  # the run's clock of it
@@ -106,7 +98,7 @@ class Simulation:
     @property
     def waiting(self) -> int:
         """Requests that have come, or are to come, and are not in service."""
-        return len(self._waiting) + len(self._requests) - self._arrived
+        return len(self.queue) + self.queue.coming
 
     @property
     def latency(self) -> LinearLatency:
@@ -123,21 +115,11 @@ class Simulation:
         One that `continues` a request in service, here or on another engine, takes no slot of `max_requests` and goes
         before those that wait for one. Raises `ConfigError` for a request that can never fit.
         """
-        deepest = request.prompt_tokens
-        for stage in request.stages:
-            if deepest + max(stage) > self._machine.kv_tokens:
-                raise ConfigError(
-                    f"request {request.index} needs {deepest + max(stage)} tokens of KV for one branch, "
-                    f"{self._machine.name} has {self._machine.kv_tokens}"
-                )
-            deepest += sum(stage)
-        self._requests.append(Submitted(spec=request, held_tokens=held_tokens, continues=continues))
+        self.queue.submit(request, held_tokens=held_tokens, continues=continues)
 
     def withdraw(self, stays: Callable[[Request], bool] | None = None) -> None:
         """Forget the requests that wait, all of them or those that do not stay: they are unserved."""
-        kept = [one for one in self._waiting if stays is not None and stays(one.spec)]
-        self.trace.unserved += len(self._waiting) - len(kept)
-        self._waiting = deque(kept)
+        self.trace.unserved += self.queue.withdraw(stays)
 
     def run(self) -> Trace:
         """To the end: the load, then the drain."""
@@ -154,58 +136,40 @@ class Simulation:
                 self._admit()
             if len(self.batch):
                 self._step(until_s)
-            elif self._arrived < len(self._requests) and self._next_arrival_s < self._duration_s:
-                self.now_s = min(self._next_arrival_s, until_s)
+            elif self.queue.next_arrival_s < self._duration_s:
+                self.now_s = min(self.queue.next_arrival_s, until_s)
             else:
                 return
 
-    @property
-    def _next_arrival_s(self) -> float:
-        return self._requests[self._arrived].spec.arrival_s if self._arrived < len(self._requests) else np.inf
-
     def _admit(self) -> None:
         batch, machine = self.batch, self._machine
-        while self._next_arrival_s <= self.now_s:
-            self._queue(self._requests[self._arrived])
-            self._arrived += 1
-            if not self._is_composed:
-                self._repeats = 0  # with somebody waiting there is something to decide
-        while (
-            self._waiting
-            and (self._waiting[0].continues or self.slots_taken < self._engine.max_requests)
-            and batch.resident_rows < machine.max_rows
-            and not batch.preempted_rows  # they are in front
-        ):
-            first = self._waiting[0]
-            if first.spec.prompt_tokens + batch.resident_rows >= machine.kv_tokens - batch.kv_tokens and len(batch):
+        if self.queue.arrive(self.now_s) and not self._is_composed:
+            self._repeats = 0  # with somebody waiting there is something to decide
+        while (first := self.queue.first) is not None:
+            needed = first.spec.prompt_tokens + batch.resident_rows + 1
+            fits = needed <= machine.kv_tokens - batch.kv_tokens or not len(batch)
+            # Preempted branches are in front.
+            if batch.resident_rows >= machine.max_rows or batch.preempted_rows or not fits:
                 return
-            self._waiting.popleft()
-            self.slots_taken += not first.continues
+            self.queue.enter()
             batch.admit(first.spec, now_s=self.now_s, held_tokens=first.held_tokens, continues=first.continues)
-            self._composition_changed()
-
-    def _queue(self, request: Submitted) -> None:
-        """At the end, but before those that wait for a slot if it needs none."""
-        at = len(self._waiting)
-        while request.continues and at and not self._waiting[at - 1].continues:
-            at -= 1
-        self._waiting.insert(at, request)
-
-    def _composition_changed(self) -> None:
-        self._rows, self._repeats = None, 0
 
     # --- a step ---
 
     def _step(self, until_s: float) -> None:
         decision, rows = self._next()
         steps, outcome = self._run_for(rows, decision, until_s)
-        self._land(rows, steps)
-        finished = self._advance() if not rows.is_steady or not rows.steps_left else []
+        self._landing.land(rows, steps, externality_s=self._externality_s)
+        finished: list[FinishedRequest] = []
+        if not rows.is_steady or not rows.steps_left:
+            finished = self._landing.advance(now_s=self.now_s, externality_s=self._externality_s)
         self._tell(replace(outcome, finished=tuple(finished)) if finished else outcome)
 
     def _next(self) -> tuple[Decision, Rows]:
         """What the coming step is to run, and what of it does."""
         decision, rows = self._decision, self._rows
+        if rows is not None and rows.version != self.batch.version:
+            rows = None
         is_short = rows is not None and rows.rows > self._machine.kv_tokens - self.batch.kv_tokens
         if decision is None or rows is None or not self._repeats or is_short:
             decision = self._decide()
@@ -241,7 +205,7 @@ class Simulation:
         if self._controller.policy.is_stock:
             return True
         batch = self.batch
-        return len(batch.request) == len(batch) and not self._waiting and not batch.prefill.any()
+        return len(batch.request) == len(batch) and not len(self.queue) and not batch.prefill.any()
 
     def _horizon(self, rows: Rows) -> int:
         """Steps for which this decision is known to hold, this one included."""
@@ -265,7 +229,7 @@ class Simulation:
         most = max(1, min(self._repeats, free // max(1, rows.rows)))
         stop_s = until_s
         if self.now_s < self._duration_s:
-            stop_s = min(stop_s, self._next_arrival_s, self._duration_s)
+            stop_s = min(stop_s, self.queue.next_arrival_s, self._duration_s)
         for step in range(1, most + 1):
             outcome = self._elapse(rows, decision)
             rows.context_tokens += rows.rows
@@ -305,131 +269,5 @@ class Simulation:
 
     def _tell(self, outcome: StepOutcome) -> None:
         self._unobserved.append(outcome)
-        if len(self._unobserved) > self._engine.lag_steps:
+        if len(self._unobserved) > self._lag_steps:
             self._controller.observe(self._unobserved.popleft())
-
-    def _land(self, rows: Rows, steps: int) -> None:
-        """The tokens of `steps` equal steps appear."""
-        batch = self.batch
-        if rows.is_new:
-            self._land_first(rows, len(self.trace.end_s) - steps)
-        growth = rows.emitted if steps == 1 else rows.emitted * steps
-        batch.context += growth
-        batch.progress += growth
-        batch.tokens += rows.gained if steps == 1 else rows.gained * steps
-        batch.kv_tokens += rows.tokens * steps
-        batch.last_step[rows.emits] = len(self.trace.end_s) - 1
-        if rows.chunks:
-            self._fork(rows)
-
-    def _land_first(self, rows: Rows, step: int) -> None:
-        """What only the first step of new rows can do: begin branches and requests, end gaps, compute prompts."""
-        rows.is_new = False
-        batch, trace = self.batch, self.trace
-        end_s = trace.end_s[step]
-        batch.ran[:] = rows.decode
-        for branch, tokens in rows.chunks:
-            batch.context[branch] += tokens
-            batch.prefill[branch] -= tokens
-            batch.ran[branch] = True
-        for branch in (rows.emits & (batch.last_step != step - 1)).nonzero()[0].tolist():
-            trace.followed[step] -= 1
-            if batch.progress[branch]:
-                trace.gap_step.append(step)
-                trace.gap_s.append(end_s - trace.end_s[batch.last_step[branch]])
-            else:
-                batch.first_step[branch] = step
-        first_s = batch.requests[FIRST]
-        silent = np.isnan(first_s)
-        if silent.any():
-            for group in np.flatnonzero(silent & (rows.gained > 0)).tolist():
-                first_s[group] = end_s
-                batch.active[group].externality_before_s = self._externality_s
-        trace.preemptions += rows.preempted
-        trace.recomputed_tokens += rows.recomputed_tokens
-
-    def _fork(self, rows: Rows) -> None:
-        """Siblings of an arrival fork exist once the first branch has computed the prompt."""
-        batch = self.batch
-        self._composition_changed()
-        for group in [int(batch.request[branch]) for branch, _ in rows.chunks if rows.emits[branch]]:
-            active = batch.active[group]
-            if active.started:
-                batch.lend_prefix(group)
-                continue
-            active.started = True
-            active.prefix_tokens = active.spec.prompt_tokens
-            batch.add_siblings(group)
-
-    def _advance(self) -> list[FinishedRequest]:
-        """Ended branches leave; their requests join, enter the next stage, or finish."""
-        batch = self.batch
-        done = batch.progress >= batch.target
-        if not done.any():
-            return []
-        self._composition_changed()
-        ended = np.bincount(batch.request[done], minlength=len(batch))
-        self._note_choices(np.flatnonzero(done).tolist())
-        batch.drop_branches(done)
-        leaving, finished = [], []
-        for group in np.flatnonzero(ended).tolist():
-            active = batch.active[group]
-            active.live -= int(ended[group])
-            if active.live:
-                continue
-            if active.stage + 1 < len(active.spec.stages):
-                produced = active.spec.stages[active.stage]
-                batch.restart(
-                    group, recomputed_tokens=sum(produced) - max(produced) if self._engine.join_prefill else 0
-                )
-            else:
-                leaving.append(group)
-                finished.append(self._finish(group, active))
-        if leaving:
-            batch.remove(leaving)
-        return finished
-
-    def _note_choices(self, ended: list[int]) -> None:
-        batch = self.batch
-        for branch in ended:
-            choices = batch.active[batch.request[branch]].choices
-            choices.append(
-                ChoiceRecord(
-                    index=len(choices),
-                    tokens=int(batch.target[branch]),
-                    first_token_s=self.trace.end_s[batch.first_step[branch]],
-                    last_token_s=self.now_s,
-                )
-            )
-
-    def _finish(self, group: int, active: Active) -> FinishedRequest:
-        spec = active.spec
-        self.slots_taken -= not active.continues
-        tpot_slo_s = float(self.batch.requests[TPOT, group])
-        self.trace.records.append(self._record(active, tpot_slo_s))
-        return FinishedRequest(
-            tokens=spec.tokens,
-            serial_tokens=spec.serial_tokens,
-            critical_path_tokens=spec.critical_path_tokens,
-            residence_s=self.now_s - float(self.batch.requests[FIRST, group]),
-            externality_s=self._externality_s - active.externality_before_s,
-            tpot_slo_s=tpot_slo_s,
-        )
-
-    def _record(self, active: Active, tpot_slo_s: float) -> RequestRecord:
-        spec = active.spec
-        return RequestRecord(
-            id=str(spec.index),
-            policy=self._controller.policy.name,
-            round=0,
-            seed=spec.seed,
-            index=spec.index,
-            kind="branching" if spec.branching else "serial",
-            branches=max(map(len, spec.stages)),
-            prompt_tokens=spec.prompt_tokens,
-            scheduled_s=spec.arrival_s,
-            sent_s=active.admitted_s,
-            ended_s=self.now_s,
-            tpot_slo_s=tpot_slo_s,
-            choices=tuple(active.choices),
-        )
