@@ -111,6 +111,8 @@ def test_a_simulation_has_a_panel_per_scenario() -> None:
     )
     assert ev.panel(Conditions(policy="off", share=0.0, slo_tpot_s=0.04)) == "0% branching, SLO 40 ms"
     assert ev.panel(Conditions(policy="off")) == "all runs"
+    fleet = Conditions(policy="off", scenario="knee", replicas=4, router="round-robin")
+    assert ev.panel(fleet) == "knee, 4 replicas, round-robin"
 
 
 def test_policies_have_one_order_everywhere() -> None:

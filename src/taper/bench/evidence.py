@@ -58,6 +58,8 @@ def gather(paths: Sequence[Path]) -> Evidence:
 def panel(conditions: Conditions) -> str:
     """Everything but policy, load and round, in words: runs of one panel are compared."""
     parts = [conditions.scenario, conditions.hardware]
+    if conditions.replicas > 1:
+        parts.append(f"{conditions.replicas} replicas, {conditions.router}")
     if conditions.share is not None:
         parts.append(f"{conditions.share:.0%} branching")
     if conditions.slo_at is not None:
