@@ -16,7 +16,7 @@ FLOORS = (
     {"core"},
     {"config", "claims", "profile", "records", "goodput", "results", "model", "gguf_convert", "workload"},
     {"sim", "engines", "forkjoin", "bench"},
-    {"doctor", "demo", "benchmark", "fleet", "bench_commands", "cli", "vllm_plugin"},
+    {"doctor", "demo", "benchmark", "fleet", "bench_commands", "sim_commands", "cli", "vllm_plugin"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MIDDLE = 2

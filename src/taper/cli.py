@@ -17,6 +17,7 @@ from taper import __version__
 from taper.bench_commands import bench, report
 from taper.config import ServerConfig, resolve_policy, settings
 from taper.core.types import ConfigError, Knobs, Slo, check_range
+from taper.sim_commands import simulate
 
 USAGE_STATUS = 2
 MS_PER_S = 1000.0
@@ -256,6 +257,7 @@ def demo(
 
 cli.add_command(bench)
 cli.add_command(report)
+cli.add_command(simulate)
 
 
 def _config(
