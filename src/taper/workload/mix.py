@@ -82,8 +82,8 @@ def check_share(value: float) -> None:
 
 
 def parse_mix(table: Mapping[str, Any], where: str) -> Mix:
-    """A mix from a flat table: `branching_share`, `branching_slo`, `prompt`, `serial`, `slo_classes`, and either `profile` (a name) or
-    the fields of `Branching`. Raises ConfigError naming `where`."""
+    """A mix from a flat table: `branching_share`, `branching_slo`, `prompt`, `serial`, `slo_classes`, and either
+    `profile` (a name) or the fields of `Branching`. Raises ConfigError naming `where`."""
     values: dict[str, Any] = {key: table[key] for key in ("branching_share", "branching_slo") if key in table}
     values |= {key: parse_draw(table[key], f"{where}: {key}") for key in ("prompt", "serial") if key in table}
     if "slo_classes" in table:
