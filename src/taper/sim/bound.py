@@ -13,6 +13,9 @@ step, so the bound is the best over the classes, and over giving all serial requ
 It knows neither the fluctuation of the batch's composition nor the ramp nor that branching requests have SLOs as well,
 so less than all of it is within reach of anybody, a clairvoyant included. Where more requests may be in service than
 the machine's nominal number, it is the bound of an engine that admits no more than that.
+
+It is taken from the mix's means: a run's own requests, and a window that begins with work in hand, differ from them by
+some per cent, so measured goodput may come out as much above it.
 """
 
 from __future__ import annotations
