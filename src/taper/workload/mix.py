@@ -14,7 +14,7 @@ from taper.workload.lengths import Draw, Lengths, parse_draw
 from taper.workload.request import Request, Stage
 
 _STREAM = 0  # keeps a request's shape independent of its gap, which comes from the same (seed, index)
-_SHARE = ("branching_share", "prompt", "serial", "slo_classes", "profile")
+_SHARE = ("branching_share", "branching_slo", "prompt", "serial", "slo_classes", "profile")
 
 
 def n_siblings() -> Branching:
@@ -32,9 +32,12 @@ class Mix:
     branching: Branching = field(default_factory=n_siblings)
     # (share of requests, factor on the TPOT SLO); what is left over has factor 1.
     slo_classes: tuple[tuple[float, float], ...] = ()
+    branching_slo: float = 1.0  # a further factor for requests that branch
 
     def __post_init__(self) -> None:
         check_share(self.branching_share)
+        if not 0 < self.branching_slo < 1e3:
+            raise ConfigError(f"branching_slo must be above 0 and below 1000, not {self.branching_slo!r}")
         for share, factor in self.slo_classes:
             if not (0 <= share <= 1 and 0 < factor < 1e3):
                 raise ConfigError(f"slo_classes must be pairs of a share and a factor, not {share!r}, {factor!r}")
@@ -61,7 +64,7 @@ class Mix:
             arrival_s=arrival_s,
             prompt_tokens=prompt_tokens,
             stages=stages,
-            slo_factor=factor,
+            slo_factor=factor * (self.branching_slo if branches else 1.0),
         )
 
     def _slo_factor(self, rng: np.random.Generator) -> float:
@@ -79,9 +82,9 @@ def check_share(value: float) -> None:
 
 
 def parse_mix(table: Mapping[str, Any], where: str) -> Mix:
-    """A mix from a flat table: `branching_share`, `prompt`, `serial`, `slo_classes`, and either `profile` (a name) or
-    the fields of `Branching`. Raises ConfigError naming `where`."""
-    values: dict[str, Any] = {key: table[key] for key in ("branching_share",) if key in table}
+    """A mix from a flat table: `branching_share`, `branching_slo`, `prompt`, `serial`, `slo_classes`, and either
+    `profile` (a name) or the fields of `Branching`. Raises ConfigError naming `where`."""
+    values: dict[str, Any] = {key: table[key] for key in ("branching_share", "branching_slo") if key in table}
     values |= {key: parse_draw(table[key], f"{where}: {key}") for key in ("prompt", "serial") if key in table}
     if "slo_classes" in table:
         values["slo_classes"] = tuple((float(share), float(factor)) for share, factor in table["slo_classes"])
