@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 
 WORDS = (
-    "the", "sum", "of", "two", "is", "prime,", "so", "3", "<", "5;", "x", ">", "y", "<b>bold</b>", "1:", "maybe", "<Goal",
-    "2.", "next\n\n", "é", "漢字", "🙂", "</",
+    "the", "sum", "of", "two", "is", "prime,", "so", "3", "<", "5;", "x", ">", "y", "<b>bold</b>", "1:", "maybe",
+    "<Goal", "2.", "next\n\n", "é", "漢字", "🙂", "</",
 )  # fmt: skip
 
 

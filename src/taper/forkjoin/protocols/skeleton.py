@@ -65,7 +65,7 @@ class Skeleton:
     def fork(self, at: int, points: Sequence[tuple[str, str]], messages: tuple[Message, ...]) -> Fork:
         outline = "\n".join(f"{label}. {text}" for label, text in points)
         ask = {"role": "user", "content": _WRITE.format(question=_question(messages), outline=outline)}
-        leg = Leg(max_tokens=self.point_tokens)
+        leg = Leg(max_tokens=self.point_tokens, stop=("\n",))  # one paragraph: what follows is another point
         branches = tuple(
             BranchSpec(
                 label=label,
