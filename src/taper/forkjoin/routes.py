@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
@@ -58,7 +59,7 @@ class ProgramRoutes:
         model, program = self._accept(body, request, service, explicit_program)
         created = int(time.time())
         if body.stream:
-            return _stream(_program_stream(service, program, model, created))
+            return EventStream(_program_stream(service, program, model, created))
         gathered = await _unless_gone(request, _gather(service, program))
         return JSONResponse(program_json(program.id, model, created, gathered[0]))
 
@@ -74,7 +75,7 @@ class ProgramRoutes:
                 interleaved=body.taper.order == "interleaved",
                 with_usage=body.stream_options.include_usage,
             )
-            return _stream(_chat_stream(service, program, stream))
+            return EventStream(_chat_stream(service, program, stream))
         gathered, content = await _unless_gone(request, _gather(service, program))
         if gathered.done is not None and gathered.done.status is Status.FAILED:
             return JSONResponse(failure_json(gathered.done, gathered), status_code=422)
@@ -121,7 +122,7 @@ async def _gather(service: Service, program: Program) -> tuple[Gathered, str]:
     return gathered, "".join(content)
 
 
-async def _program_stream(service: Service, program: Program, model: str, created: int) -> AsyncIterator[str]:
+async def _program_stream(service: Service, program: Program, model: str, created: int) -> AsyncGenerator[str, None]:
     head = {"type": "program.started", "id": program.id, "model": model, "created": created}
     yield _sse(head)
     async with aclosing(service.events(program)) as events:
@@ -132,7 +133,7 @@ async def _program_stream(service: Service, program: Program, model: str, create
     yield "data: [DONE]\n\n"
 
 
-async def _chat_stream(service: Service, program: Program, stream: ChatStream) -> AsyncIterator[str]:
+async def _chat_stream(service: Service, program: Program, stream: ChatStream) -> AsyncGenerator[str, None]:
     async with aclosing(service.events(program)) as events:
         async for event in events:
             for chunk in stream.feed(event):
@@ -144,8 +145,18 @@ def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def _stream(lines: AsyncIterator[str]) -> StreamingResponse:
-    return StreamingResponse(lines, media_type="text/event-stream")
+class EventStream(StreamingResponse):
+    """Server-sent events; closes its generator however it ends, instead of leaving that to garbage collection."""
+
+    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
+        super().__init__(lines, media_type="text/event-stream")
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._lines.aclose()
 
 
 ResultT = TypeVar("ResultT")

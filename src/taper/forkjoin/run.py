@@ -85,12 +85,15 @@ class Run:
             await self._stop()
 
     async def _next(self) -> list[ProgramEvent]:
-        deadline_s = self._machine.next_deadline_s
-        wait_s = None if math.isinf(deadline_s) else max(deadline_s - self._clock(), 0.0)
+        deadline_s, now_s = self._machine.next_deadline_s, self._clock()
+        if now_s >= deadline_s:
+            return list(self._apply(self._machine.tick(now_s)))
         try:
-            name, run, item = await asyncio.wait_for(self._inbox.get(), wait_s)
+            # Not wait_for: before Python 3.12 it loses a cancellation that meets an item.
+            async with asyncio.timeout(None if math.isinf(deadline_s) else deadline_s - now_s):
+                name, run, item = await self._inbox.get()
         except TimeoutError:
-            return list(self._apply(self._machine.tick(self._clock())))
+            return []
         branch = self._branches[name]
         if run != branch.run or branch.task is None:
             return []

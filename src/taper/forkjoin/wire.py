@@ -81,7 +81,7 @@ class JoinRequest(Strict):
     """All children meet again. Without a continuation the parent ends there."""
 
     order: Literal["given", "reuse"] = "given"  # reuse: the longest child first, because its KV can be reused
-    separator: Text = "\n"
+    separator: Text = "\n"  # after each child
     instruction: Text = ""  # follows the children
     continuation: ContinuationRequest | None = None
 
