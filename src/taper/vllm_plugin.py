@@ -60,8 +60,12 @@ class Endpoints:
         app.add_middleware(ChatSwitch, path=CHAT_PATH)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        from taper.engines.vllm.programs import VllmEngine
+        from prometheus_client import REGISTRY
+
+        from taper.engines.vllm.programs import ProgramMetrics, VllmEngine
+        from taper.forkjoin.service import COUNTS
 
         await self._control.init_state(engine_client, state, args)
         if engine_client is not None:
-            self._programs.serve(VllmEngine(engine_client, args))
+            metrics = ProgramMetrics(COUNTS, REGISTRY)
+            self._programs.serve(VllmEngine(engine_client, args), metrics.add)

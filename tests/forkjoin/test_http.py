@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
 from starlette.testclient import TestClient
 
 from taper.client import (
@@ -29,8 +30,9 @@ from taper.client import (
     by_protocol,
 )
 from taper.config import ServerConfig
-from taper.engines.vllm.programs import ChatSwitch
+from taper.engines.vllm.programs import ChatSwitch, ProgramMetrics
 from taper.forkjoin.routes import CHAT_PATH, ProgramRoutes
+from taper.forkjoin.service import COUNTS
 from tests.forkjoin.test_run import multiverse
 from tests.forkjoin.toy import ToyEngine
 
@@ -48,7 +50,8 @@ def application(engine, *, is_served=True):
     routes.attach_router(app)
     app.add_middleware(ChatSwitch, path=CHAT_PATH)
     if is_served:
-        app.state.service = routes.serve(engine)
+        app.state.registry = CollectorRegistry()
+        app.state.service = routes.serve(engine, ProgramMetrics(COUNTS, app.state.registry).add)
     return app
 
 
@@ -196,6 +199,9 @@ def test_totals_and_schema():
     state = TestClient(app).get("/taper/programs").json()
     assert state["live"] == 0
     assert (state["totals"]["complete"], state["totals"]["forked_branches"]) == (1, 2)
+    metrics = generate_latest(app.state.registry).decode()
+    assert "taper:program_forked_branches_total 2.0" in metrics
+    assert f"taper:program_join_tokens_total {float(state['totals']['join_tokens'])}" in metrics
     schemas = TestClient(app).get("/openapi.json").json()["components"]["schemas"]
     assert schemas["ProgramRequest"]["additionalProperties"] is False
     assert {"ProgramRequest", "ChatRequest", "BranchRequest", "JoinRequest"} <= set(schemas)
@@ -299,7 +305,7 @@ def test_a_client_that_leaves_ends_its_program(path, stream):
             await asyncio.sleep(0)
         assert engine.runs, "it left before anything ran: the test would be empty"
         assert (engine.live, app.state.service.live) == ({}, 0)
-        assert app.state.service.totals.left == 1
+        assert app.state.service.totals["left"] == 1
         assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(leave())

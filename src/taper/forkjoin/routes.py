@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
@@ -28,7 +27,7 @@ from taper.forkjoin.compile import chat_program, explicit_program
 from taper.forkjoin.engine import Engine
 from taper.forkjoin.events import Status
 from taper.forkjoin.run import Program
-from taper.forkjoin.service import Service
+from taper.forkjoin.service import Observer, Service
 from taper.forkjoin.wire import ChatRequest, ProgramRequest, check_model
 
 CHAT_PATH = "/v1/taper/chat"
@@ -45,8 +44,8 @@ class ProgramRoutes:
         self._config = config
         self._service: Service | None = None
 
-    def serve(self, engine: Engine) -> Service:
-        self._service = Service(engine, time.monotonic)
+    def serve(self, engine: Engine, observe: Observer | None = None) -> Service:
+        self._service = Service(engine, time.monotonic, observe)
         return self._service
 
     def attach_router(self, app: FastAPI) -> None:
@@ -83,7 +82,7 @@ class ProgramRoutes:
 
     async def totals(self) -> JSONResponse:
         service = self._running()
-        return JSONResponse({"live": service.live, "totals": asdict(service.totals)})
+        return JSONResponse({"live": service.live, "started": service.started, "totals": service.totals})
 
     def _running(self) -> Service:
         if self._service is None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from taper.forkjoin.engine import Engine
 from taper.forkjoin.events import Done, ProgramEvent, Usage
@@ -15,44 +14,52 @@ from taper.forkjoin.run import Program, Run
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, kw_only=True)
-class Totals:
-    """Counts since the server started; programs by how they ended."""
+Observer = Callable[[Mapping[str, int]], None]
 
-    started: int = 0
-    complete: int = 0
-    partial: int = 0
-    failed: int = 0
-    left: int = 0  # the client went away, or the server failed
-    forked_branches: int = 0
-    generated_tokens: int = 0
-    join_tokens: int = 0
-    fork_cached_tokens: int = 0
-    fork_recomputed_tokens: int = 0
-    join_cached_tokens: int = 0
-    join_recomputed_tokens: int = 0
-    malformed_tags: int = 0
-    unterminated_branches: int = 0
+# What is counted of every program once it is over, and what it means.
+COUNTS: Mapping[str, str] = {
+    "complete": "Programs that ended well.",
+    "partial": "Programs in which a branch failed and the rest went on.",
+    "failed": "Programs whose root failed.",
+    "left": "Programs that ended because their client went away.",
+    "forked_branches": "Branches forked.",
+    "generated_tokens": "Tokens generated, over all branches.",
+    "join_tokens": "Tokens of children handed to their parents at joins.",
+    "fork_cached_tokens": "Prompt tokens of forked branches found in the prefix cache.",
+    "fork_recomputed_tokens": "Prompt tokens of forked branches that had to be computed.",
+    "join_cached_tokens": "Prompt tokens of joins found in the prefix cache.",
+    "join_recomputed_tokens": "Prompt tokens of joins that had to be computed.",
+    "malformed_tags": "Tags that did not fit their protocol's grammar and were left as text.",
+    "unterminated_branches": "Runs that ended at a length limit.",
+}
 
-    def add(self, usage: Usage) -> None:
-        self.forked_branches += len(usage.forks)
-        self.generated_tokens += usage.generated_tokens
-        self.join_tokens += usage.join_tokens
-        self.fork_cached_tokens += sum(prefill.cached_tokens for prefill in usage.forks)
-        self.fork_recomputed_tokens += sum(prefill.recomputed_tokens for prefill in usage.forks)
-        self.join_cached_tokens += sum(prefill.cached_tokens for prefill in usage.joins)
-        self.join_recomputed_tokens += sum(prefill.recomputed_tokens for prefill in usage.joins)
-        self.malformed_tags += usage.malformed_tags
-        self.unterminated_branches += usage.unterminated_branches
+
+def counts(done: Done | None, usage: Usage) -> dict[str, int]:
+    """One program's share of `COUNTS`; what is 0 is left out."""
+    found = {
+        done.status.value if done else "left": 1,
+        "forked_branches": len(usage.forks),
+        "generated_tokens": usage.generated_tokens,
+        "join_tokens": usage.join_tokens,
+        "fork_cached_tokens": sum(prefill.cached_tokens for prefill in usage.forks),
+        "fork_recomputed_tokens": sum(prefill.recomputed_tokens for prefill in usage.forks),
+        "join_cached_tokens": sum(prefill.cached_tokens for prefill in usage.joins),
+        "join_recomputed_tokens": sum(prefill.recomputed_tokens for prefill in usage.joins),
+        "malformed_tags": usage.malformed_tags,
+        "unterminated_branches": usage.unterminated_branches,
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 class Service:
-    """Starts programs and counts them. `clock`: monotonic seconds."""
+    """Starts programs and counts them. `clock`: monotonic seconds; `observe`: told of every program's counts."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+    def __init__(self, engine: Engine, clock: Callable[[], float], observe: Observer | None = None) -> None:
         self.engine = engine
-        self.totals = Totals()
+        self.started = 0
+        self.totals = dict.fromkeys(COUNTS, 0)
         self._clock = clock
+        self._observe = observe
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -77,11 +84,11 @@ class Service:
     def next_replica(self) -> int | None:
         """The engine replica of the next program: all branches of a program share one, for its prefix cache."""
         replicas = self.engine.replicas
-        return self.totals.started % replicas if replicas > 1 else None
+        return self.started % replicas if replicas > 1 else None
 
     async def _drive(self, program: Program, inbox: asyncio.Queue[ProgramEvent | Exception | None]) -> None:
         run = Run(program, self.engine, self._clock)
-        self.totals.started += 1
+        self.started += 1
         done: Done | None = None
         try:
             async with aclosing(run.events()) as events:
@@ -97,6 +104,8 @@ class Service:
             inbox.put_nowait(None)
 
     def _count(self, done: Done | None, usage: Usage) -> None:
-        self.totals.add(usage)
-        name = done.status.value if done else "left"
-        setattr(self.totals, name, getattr(self.totals, name) + 1)
+        found = counts(done, usage)
+        for name, count in found.items():
+            self.totals[name] += count
+        if self._observe is not None:
+            self._observe(found)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter
+
 from taper.engines.vllm.middleware import App, Receive, Scope, Send, replay, whole_body
 
 
@@ -92,6 +94,20 @@ class VllmEngine:
             output_kind=RequestOutputKind.DELTA,
             extra_args=dict(extra_args),
         )
+
+
+class ProgramMetrics:
+    """Counters `taper:program_*` on the server's own /metrics; right with several API processes, like vLLM's own."""
+
+    def __init__(self, counts: Mapping[str, str], registry: CollectorRegistry) -> None:
+        """counts: name -> what it means."""
+        self._counters = {
+            name: Counter(f"taper:program_{name}", meaning, registry=registry) for name, meaning in counts.items()
+        }
+
+    def add(self, found: Mapping[str, int]) -> None:
+        for name, count in found.items():
+            self._counters[name].inc(count)
 
 
 class ChatSwitch:
