@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -179,3 +182,13 @@ def test_a_program_says_the_same_under_every_policy(exact_server):
         said[policy] = (program.text, [(branch.text, branch.tokens) for branch in program.branches])
     assert said["off"] == said["eager"]
     assert said["taper"] == said["eager"]
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "map_reduce", "skeleton", "tree_search"])
+def test_examples_run(server, name):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, str(path), "--url", server.url], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
