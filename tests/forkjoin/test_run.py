@@ -294,6 +294,10 @@ def test_a_join_that_does_not_fit_the_context_is_a_clear_error():
     assert "this model's is 220" in gathered.done.error
 
 
+def nested(levels):
+    return [{"max_tokens": 1, **({"fork": {"branches": nested(levels - 1)}} if levels > 1 else {})}]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -316,6 +320,7 @@ def test_a_join_that_does_not_fit_the_context_is_a_clear_error():
         ({"branches": [{}], "vllm_xargs": {"taper_tpot_slo_ms": 1}}, "taper_tpot_slo_ms must be between"),
         ({"branches": [{}], "budget": {"max_branches": 10**6}}, "budget.max_branches must be between"),
         ({"branches": [{}], "prompt": ""}, "prompt must not be empty"),
+        ({"branches": nested(33)}, "nest more than 32 deep"),
     ],
 )
 def test_programs_that_cannot_end_well_are_refused_before_anything_runs(fields, words):

@@ -40,6 +40,9 @@ class ToyEngine:
     def encode(self, text: str) -> list[int]:
         return [ord(char) for char in text]
 
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int], *, keeps_special_tokens: bool) -> str:
         return "".join(map(chr, ids))
 

@@ -13,9 +13,9 @@ from taper.core.types import ConfigError
 from taper.forkjoin.engine import Engine
 from taper.forkjoin.plan import Budget, Join, Leg, Message
 from taper.forkjoin.planned import Planned, Stage, StageFork, extent, refuse_unfit, texts
+from taper.forkjoin.program import Program
 from taper.forkjoin.protocol import resolve_protocol
 from taper.forkjoin.protocols import BUILT_IN
-from taper.forkjoin.run import Program
 from taper.forkjoin.wire import (
     BranchRequest,
     ChatRequest,
@@ -26,11 +26,13 @@ from taper.forkjoin.wire import (
     ProgramRequest,
 )
 
+MAX_LEVELS = 32
+
 
 def explicit_program(request: ProgramRequest, engine: Engine, config: ServerConfig, replica: int | None) -> Program:
     """Raises `ConfigError` for a program that is wrong or cannot fit."""
     messages = tuple(message.plain() for message in request.messages or ())
-    ids = _rendered(engine, messages) if messages else engine.encode(request.prompt or "")
+    ids = _rendered(engine, messages) if messages else engine.encode_prompt(request.prompt or "")
     if not ids:
         raise ConfigError("prompt must not be empty")
     root = _Compiler(engine, messages, request.seed).root(request)
@@ -90,12 +92,14 @@ class _Compiler:
     def root(self, request: ProgramRequest) -> Stage:
         lead = request.lead
         leg = self._leg(lead, lead.max_tokens) if lead else Leg(max_tokens=0)
-        return Stage(label="", leg=leg, fork=self._fork(ForkRequest(branches=request.branches, join=request.join)))
+        return Stage(label="", leg=leg, fork=self._fork(ForkRequest(branches=request.branches, join=request.join), 1))
 
-    def _fork(self, request: ForkRequest | None) -> StageFork | None:
+    def _fork(self, request: ForkRequest | None, level: int) -> StageFork | None:
         if request is None:
             return None
-        branches = tuple(self._branches(request.branches))
+        if level > MAX_LEVELS:
+            raise ConfigError(f"branches: forks and continuations nest more than {MAX_LEVELS} deep")
+        branches = tuple(self._branches(request.branches, level))
         labels = [branch.label for branch in branches]
         for label in labels:
             if labels.count(label) > 1:
@@ -107,10 +111,10 @@ class _Compiler:
             branches=branches,
             separator=join.separator,
             longest_first=join.order == "reuse",
-            then=self._then(join, join.continuation),
+            then=self._then(join, join.continuation, level),
         )
 
-    def _branches(self, requests: list[BranchRequest]) -> Iterator[Stage]:
+    def _branches(self, requests: list[BranchRequest], level: int) -> Iterator[Stage]:
         for number, request in enumerate(requests, start=1):
             messages, tokens = None, 0
             if request.messages is not None:
@@ -124,10 +128,10 @@ class _Compiler:
                 leg=self._leg(request, request.max_tokens),
                 messages=messages,
                 messages_tokens=tokens,
-                fork=self._fork(request.fork),
+                fork=self._fork(request.fork, level + 1),
             )
 
-    def _then(self, join: JoinRequest, continuation: ContinuationRequest | None) -> Stage | None:
+    def _then(self, join: JoinRequest, continuation: ContinuationRequest | None, level: int) -> Stage | None:
         if continuation is None:
             if join.instruction:
                 raise ConfigError("join.instruction goes only with a continuation")
@@ -136,7 +140,7 @@ class _Compiler:
             label="",
             header=join.instruction,
             leg=self._leg(continuation, continuation.max_tokens),
-            fork=self._fork(continuation.fork),
+            fork=self._fork(continuation.fork, level + 1),
         )
 
     def _leg(self, request: BranchRequest | ContinuationRequest | LeadRequest, max_tokens: int) -> Leg:

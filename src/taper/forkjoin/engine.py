@@ -43,6 +43,9 @@ class Engine(Protocol):
     def encode(self, text: str) -> list[int]:
         """Tokens of a piece of text, nothing added."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of the beginning of a text, with what the model wants in front of it."""
+
     def decode(self, ids: Sequence[int], *, keeps_special_tokens: bool) -> str: ...
 
     def render(self, messages: Sequence[Message]) -> list[int]:

@@ -37,6 +37,22 @@ class Usage:
     forks: list[Prefill] = field(default_factory=list)
     joins: list[Prefill] = field(default_factory=list)
 
+    def add_prefill(self, kind: str, branch: str, prompt_tokens: int, cached_tokens: int) -> None:
+        """A run has begun; kind: "open" for the root's first, "fork" for a child's first, "join" after a join."""
+        self.prefilled_tokens += prompt_tokens
+        self.cached_tokens += cached_tokens
+        if kind == "open":
+            self.root_cached_tokens = cached_tokens
+            return
+        prefill = Prefill(branch=branch, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
+        (self.forks if kind == "fork" else self.joins).append(prefill)
+
+    def add_generated(self, tokens: int, *, is_root: bool) -> None:
+        if is_root:
+            self.root_tokens += tokens
+        else:
+            self.branch_tokens += tokens
+
     @property
     def generated_tokens(self) -> int:
         return self.root_tokens + self.branch_tokens

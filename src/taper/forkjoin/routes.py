@@ -26,7 +26,7 @@ from taper.forkjoin.answers import ChatStream, Gathered, chat_json, event_json, 
 from taper.forkjoin.compile import chat_program, explicit_program
 from taper.forkjoin.engine import Engine
 from taper.forkjoin.events import Status
-from taper.forkjoin.run import Program
+from taper.forkjoin.program import Program
 from taper.forkjoin.service import Observer, Service
 from taper.forkjoin.wire import ChatRequest, ProgramRequest, check_model
 

@@ -5,57 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
 
 from taper.forkjoin.context import Context, missing_end, tokens_before
 from taper.forkjoin.engine import Chunk, Engine
-from taper.forkjoin.events import Done, Ended, Joined, Prefill, ProgramEvent, Started, Status, Text, Usage
+from taper.forkjoin.events import Done, Ended, Joined, ProgramEvent, Started, Status, Text, Usage
 from taper.forkjoin.machine import ROOT, Action, Begin, BudgetExceeded, Machine, Over
-from taper.forkjoin.plan import BranchSpec, Budget, End, Ending, Fork, Join, Leg, OnError, Resume
-from taper.forkjoin.protocol import FrontEnd, Parser
+from taper.forkjoin.plan import BranchSpec, End, Ending, Fork, Join
+from taper.forkjoin.program import ContextFull, LiveBranch, Program, Silence
 
 log = logging.getLogger(__name__)
 
 Events = Iterator[ProgramEvent]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """Everything a run needs to know. prompt_ids: the root's prompt, without its header.
-
-    sampling: for every run; a leg's own wins. branch_tokens: limit of a run that sets none itself.
-    """
-
-    id: str
-    front: FrontEnd
-    root: BranchSpec
-    prompt_ids: tuple[int, ...]
-    sampling: Mapping[str, Any] = field(default_factory=dict)
-    opening_sampling: Mapping[str, Any] = field(default_factory=dict)  # for the root's first run only
-    branch_tokens: int | None = None
-    budget: Budget = field(default_factory=Budget)
-    on_error: OnError = OnError.FAIL
-    extra_args: Mapping[str, Any] = field(default_factory=dict)
-    replica: int | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Branch:
-    name: str
-    parent: str | None
-    spec: BranchSpec
-    parser: Parser
-    context: Context
-    leg: Leg
-    kind: str  # of the current run: "open", "fork" or "join"
-    task: asyncio.Task[None] | None = None
-    run: int = 0  # number of the current run; what an earlier one still sends is dropped
-    has_begun: bool = False  # the current run has sent its first chunk
-    text_end: str = ""  # last characters of its text: enough to see its closing
-    resume: Resume | None = None  # of the join it is going to
 
 
 class Run:
@@ -66,7 +28,7 @@ class Run:
         self._engine = engine
         self._clock = clock
         self._machine = Machine(program.budget, on_error=program.on_error)
-        self._branches: dict[str, _Branch] = {}
+        self._branches: dict[str, LiveBranch] = {}
         self._specs: list[tuple[str, BranchSpec]] = []  # of the children about to begin
         self._inbox: asyncio.Queue[tuple[str, int, Chunk | Exception]] = asyncio.Queue()
         self._leftover: list[asyncio.Task[None]] = []  # cancelled, not yet awaited
@@ -103,11 +65,11 @@ class Run:
 
     # --- a chunk of a running branch ----------------------------------------------------------------------
 
-    def _receive(self, branch: _Branch, chunk: Chunk) -> Events:
+    def _receive(self, branch: LiveBranch, chunk: Chunk) -> Events:
         if not branch.has_begun:
             branch.has_begun = True
-            self._account_prefill(branch, chunk.cached_tokens)
-        self._account_tokens(branch, len(chunk.token_ids))
+            self.usage.add_prefill(branch.kind, branch.name, len(branch.context.ids), chunk.cached_tokens)
+        self.usage.add_generated(len(chunk.token_ids), is_root=branch.parent is None)
         branch.context.grow(chunk.token_ids, chunk.text)
         branch.text_end = (branch.text_end + chunk.text)[-64:]
         before = branch.context.chars - len(chunk.text)
@@ -131,7 +93,7 @@ class Run:
         if chunk.finish is not None:
             yield from self._finished(branch, chunk.finish)
 
-    def _parse(self, branch: _Branch, chunk: Chunk) -> Iterator[Fork | End]:
+    def _parse(self, branch: LiveBranch, chunk: Chunk) -> Iterator[Fork | End]:
         before = branch.parser.malformed
         found = branch.parser.feed(chunk.text)
         if chunk.finish is not None:
@@ -141,7 +103,7 @@ class Run:
         self.usage.malformed_tags += branch.parser.malformed - before
         yield from found
 
-    def _finished(self, branch: _Branch, finish: str) -> Events:
+    def _finished(self, branch: LiveBranch, finish: str) -> Events:
         if finish == "length":
             self.usage.unterminated_branches += 1
             yield from self._end(branch, Ending.LENGTH)
@@ -150,24 +112,24 @@ class Run:
         else:
             yield from self._end(branch, Ending.ERROR, f"the engine ended it with {finish!r}")
 
-    def _follow(self, branch: _Branch, event: Fork | End) -> Events:
+    def _follow(self, branch: LiveBranch, event: Fork | End) -> Events:
         if isinstance(event, End):
             branch.context.cut(tokens_before(branch.context, event.at, self._decode))
             yield from self._end(branch, Ending.STOP)
         else:
             yield from self._fork(branch, event)
 
-    def _end(self, branch: _Branch, ending: Ending, detail: str | None = None) -> Events:
+    def _end(self, branch: LiveBranch, ending: Ending, detail: str | None = None) -> Events:
         self._halt(branch)
         yield from self._apply(self._machine.end(branch.name, ending, self._clock(), detail))
 
-    def _close_text(self, branch: _Branch) -> Events:
+    def _close_text(self, branch: LiveBranch) -> Events:
         missing = missing_end(branch.text_end, branch.spec.closing)
         if missing:
             branch.context.give(self._engine.encode(missing))
             yield Text(branch=branch.name, text=missing, is_given=True)
 
-    def _fork(self, branch: _Branch, fork: Fork) -> Events:
+    def _fork(self, branch: LiveBranch, fork: Fork) -> Events:
         try:
             actions = self._machine.fork(
                 branch.name,
@@ -213,7 +175,7 @@ class Run:
     def _begin(self, name: str) -> Events:
         parent_name, spec = self._specs.pop(0)
         parent = self._branches.get(parent_name)
-        branch = _Branch(
+        branch = LiveBranch(
             name=name,
             parent=parent_name or None,
             spec=spec,
@@ -242,7 +204,7 @@ class Run:
             self.usage.prompt_tokens = len(branch.context.ids)
         self._launch(branch)
 
-    def _rejoin(self, parent: _Branch, names: tuple[str, ...]) -> Events:
+    def _rejoin(self, parent: LiveBranch, names: tuple[str, ...]) -> Events:
         children = [self._branches[name] for name in names]
         resume, parent.resume = parent.resume, None
         if resume is not None and resume.longest_first:
@@ -264,14 +226,14 @@ class Run:
 
     # --- runs on the engine -------------------------------------------------------------------------------
 
-    def _launch(self, branch: _Branch) -> None:
+    def _launch(self, branch: LiveBranch) -> None:
         """Start a run. What cannot run is reported through the inbox, like an engine's refusal."""
         run = self._new_run(branch)
         room = self._engine.max_model_tokens - len(branch.context.ids)
         limits = [branch.leg.max_tokens, self._program.branch_tokens if branch.leg.max_tokens is None else None]
         wanted = min([limit for limit in limits if limit is not None], default=room)
         if wanted == 0:
-            self._inbox.put_nowait((branch.name, run, _Silence()))
+            self._inbox.put_nowait((branch.name, run, Silence()))
             branch.has_begun = True
             branch.task = asyncio.get_running_loop().create_task(_nothing())
             return
@@ -279,7 +241,7 @@ class Run:
         most = min(wanted, room, max(self._machine.tokens_left, 0) + 1)
         branch.task = asyncio.get_running_loop().create_task(self._generate(branch, run, most))
 
-    async def _generate(self, branch: _Branch, run: int, max_tokens: int) -> None:
+    async def _generate(self, branch: LiveBranch, run: int, max_tokens: int) -> None:
         ids, engine, program = branch.context.ids, self._engine, self._program
         if max_tokens < 1:
             full = f"a context of {len(ids)} tokens leaves no room; this model's is {engine.max_model_tokens}"
@@ -306,13 +268,13 @@ class Run:
             log.warning("branch %s of %s failed: %s", branch.name, program.id, error)
             self._inbox.put_nowait((branch.name, run, error))
 
-    def _new_run(self, branch: _Branch) -> int:
+    def _new_run(self, branch: LiveBranch) -> int:
         branch.run += 1
         branch.has_begun = False
         branch.context.begin_run()
         return branch.run
 
-    def _halt(self, branch: _Branch) -> None:
+    def _halt(self, branch: LiveBranch) -> None:
         task, branch.task = branch.task, None
         if task is not None and not task.done():
             task.cancel()
@@ -327,24 +289,9 @@ class Run:
         if had_live:
             await self._engine.abort(self._program.id)
 
-    # --- accounts -----------------------------------------------------------------------------------------
+    # --- small things -------------------------------------------------------------------------------------
 
-    def _account_prefill(self, branch: _Branch, cached_tokens: int) -> None:
-        prefill = Prefill(branch=branch.name, prompt_tokens=len(branch.context.ids), cached_tokens=cached_tokens)
-        self.usage.prefilled_tokens += prefill.prompt_tokens
-        self.usage.cached_tokens += cached_tokens
-        if branch.kind == "open":
-            self.usage.root_cached_tokens = cached_tokens
-        else:
-            (self.usage.forks if branch.kind == "fork" else self.usage.joins).append(prefill)
-
-    def _account_tokens(self, branch: _Branch, tokens: int) -> None:
-        if branch.parent is None:
-            self.usage.root_tokens += tokens
-        else:
-            self.usage.branch_tokens += tokens
-
-    def _text(self, branch: _Branch, text: str, tokens: int) -> Text:
+    def _text(self, branch: LiveBranch, text: str, tokens: int) -> Text:
         return Text(branch=branch.name, text=text, tokens=tokens, is_visible=branch.leg.is_visible)
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -358,19 +305,6 @@ class Run:
         error = f"branch {first.branch} ended with {first.ending.value}" + (f": {first.detail}" if first.detail else "")
         failed = root is None or root.is_failure
         return Done(status=Status.FAILED if failed else Status.PARTIAL, error=error, usage=self.usage)
-
-
-class ContextFull(Exception):
-    """A branch or a join does not fit the model's context."""
-
-
-class _Silence:
-    """The chunk of a run that asks for nothing."""
-
-    token_ids: Sequence[int] = ()
-    text = ""
-    finish: str | None = "stop"
-    cached_tokens = 0
 
 
 async def _nothing() -> None:

@@ -9,7 +9,8 @@ from contextlib import aclosing
 
 from taper.forkjoin.engine import Engine
 from taper.forkjoin.events import Done, ProgramEvent, Usage
-from taper.forkjoin.run import Program, Run
+from taper.forkjoin.program import Program
+from taper.forkjoin.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -36,10 +36,16 @@ class VllmEngine:
         self.models: Sequence[str] = tuple(args.served_model_name or [args.model])
         self.max_model_tokens = int(config.model_config.max_model_len)
         self.max_rows = int(config.scheduler_config.max_num_seqs)
-        self.replicas = int(config.parallel_config.data_parallel_size)
+        parallel = config.parallel_config
+        # Behind an outer load balancer this server reaches its own engines only.
+        here_only = parallel.local_engines_only
+        self.replicas = int(parallel.data_parallel_size_local if here_only else parallel.data_parallel_size)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text))
 
     def decode(self, ids: Sequence[int], *, keeps_special_tokens: bool) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keeps_special_tokens))
