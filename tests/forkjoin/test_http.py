@@ -10,6 +10,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from taper.client import (
@@ -174,6 +176,30 @@ def test_bad_requests(body, status, words):
     engine = ToyEngine(multiverse)
     answer = post(application(engine), "/v1/chat/completions", {"messages": CHAT, **body})
     assert (answer.status_code, words in answer.text) == (status, True), answer.text
+    assert engine.runs == []
+
+
+class Guard:
+    """Refuses everything under /v1, as a server does without its key."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            await PlainTextResponse("no key", status_code=401)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("is_outside", [True, False])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/taper/chat", "/v1/taper/programs"])
+def test_what_guards_v1_guards_all_of_it_on_either_side_of_the_switch(path, is_outside):
+    engine = ToyEngine(multiverse)
+    app = application(engine)
+    app.user_middleware.insert(0 if is_outside else 1, Middleware(Guard))
+    body = {"messages": CHAT, "taper": {"protocol": "multiverse"}}
+    assert post(app, path, body).status_code == 401
     assert engine.runs == []
 
 

@@ -11,9 +11,12 @@ import pytest
 
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
+from taper.forkjoin import protocol
 from taper.forkjoin.answers import Gathered, event_json
 from taper.forkjoin.compile import chat_program, explicit_program
 from taper.forkjoin.events import Done, Ended, Joined, Started, Text
+from taper.forkjoin.plan import BranchSpec, Fork, Join, Resume
+from taper.forkjoin.protocols import BUILT_IN
 from taper.forkjoin.service import Service
 from taper.forkjoin.wire import ChatRequest, ProgramRequest
 from tests.forkjoin.toy import BLOCK, ToyEngine
@@ -434,3 +437,77 @@ def test_replicas_are_taken_in_turn_and_held_for_the_whole_program():
 
     asyncio.run(three())
     assert [run["replica"] for run in engine.runs] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
+
+
+class Noting:
+    """A protocol of a plug-in: at "!" a note is written beside the text, and all notes are read at the end of it."""
+
+    name = "noting"
+    keeps_special_tokens = False
+
+    def __init__(self, options):
+        self.options = options
+
+    def opening(self, messages):
+        return BranchSpec(label="", messages=tuple(messages))
+
+    def parser(self, spec, *, is_root):
+        return NotingParser(is_root)
+
+
+class NotingParser:
+    def __init__(self, is_root):
+        self.malformed = 0
+        self.chars = 0
+        self.is_root = is_root
+
+    def feed(self, text):
+        ends = [self.chars + at + 1 for at, char in enumerate(text) if char == "!" and self.is_root]
+        self.chars += len(text)
+        resume = Resume(text="=", separator=",")
+        return [
+            Fork(
+                at=end,
+                branches=(BranchSpec(label="n", header="?"),),
+                join=Join.SYNC,
+                parent_continues=True,
+                resume=resume,
+            )
+            for end in ends
+        ]
+
+    def close(self):
+        return []
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+def test_sync_children_start_at_once_and_are_joined_at_the_parents_end(chunk, monkeypatch):
+    def reply(prompt):
+        if prompt.endswith("="):
+            return "end"
+        return {"a!?": "n1", "b!?": "n2"}.get(prompt[-3:], "a!b!c" if prompt.endswith(">") else "")
+
+    engine = ToyEngine(reply, chunk=chunk)
+    request = ChatRequest.model_validate(
+        {"messages": [{"role": "user", "content": "Q"}], "taper": {"protocol": "noting"}}
+    )
+    monkeypatch.setitem(BUILT_IN, "noting", Noting)
+    events, _, answer = run(engine, chat_program(request, engine, CONFIG, None))
+    assert engine.runs[-1]["prompt"] == "[Q]>a!b!c?n1,?n2,="
+    assert answer == "a!?n1b!?n2c=end"
+    assert [event.children for event in events if isinstance(event, Joined)] == [("0.1", "0.2")]
+
+
+def test_a_plugin_protocol_is_found_by_its_entry_point(monkeypatch):
+    class Point:
+        name = "noting"
+
+        def load(self):
+            return Noting
+
+    monkeypatch.setattr(protocol, "entry_points", lambda group: [Point()] if group == "taper.protocols" else [])
+    engine = ToyEngine(lambda prompt: "x")
+    program = chat(engine, "noting", options={"deep": True})
+    assert program.front.options == {"deep": True}
+    with pytest.raises(ConfigError, match="scripted, noting, off, not 'other'"):
+        chat(engine, "other")
