@@ -25,7 +25,7 @@ CONFIG = ServerConfig()
 
 
 def chat(engine, protocol, content="Q", **fields):
-    options = {key: fields.pop(key) for key in ("options", "budget", "on_branch_error", "order") if key in fields}
+    options = {key: fields.pop(key) for key in ("options", "budget", "branch_max_tokens") if key in fields}
     body = {"messages": [{"role": "user", "content": content}], "taper": {"protocol": protocol, **options}, **fields}
     return chat_program(ChatRequest.model_validate(body), engine, CONFIG, None)
 
@@ -107,14 +107,12 @@ def test_usage_counts_every_token_once():
 
 
 def test_an_unterminated_branch_is_closed_at_its_limit_and_counted():
-    engine = ToyEngine(lambda prompt: " words without end" if prompt.endswith("2:") else multiverse(prompt))
-    _, gathered, answer = run(engine, chat(engine, "multiverse", options={}, max_tokens=64))
-    assert "2: words without end</Path>\n<Conclusion>" in answer
     engine = ToyEngine(multiverse)
-    program = explicit(engine, prompt="p", branches=[{"max_tokens": 3, "ignore_eos": True}], join={})
-    _, gathered, _ = run(engine, program)
-    assert gathered.branches["0.1"].finish_reason == "length"
-    assert gathered.done.usage.unterminated_branches == 1
+    _, gathered, answer = run(engine, chat(engine, "multiverse", max_tokens=64, branch_max_tokens=5))
+    assert "\n<Path>\n1: one</Path>\n<Path>\n2: seco</Path>\n<Conclusion>\nDone." in answer
+    assert [b.finish_reason for b in gathered.branches.values()] == ["stop", "length", "length"]
+    assert gathered.done.usage.unterminated_branches == 2
+    assert [run["max_tokens"] for run in engine.runs] == [64, 5, 5, 64]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])

@@ -65,6 +65,7 @@ def chat_program(request: ChatRequest, engine: Engine, config: ServerConfig, rep
     if len(ids) >= engine.max_model_tokens:
         raise ConfigError(f"the prompt has {len(ids)} tokens; this model's context is {engine.max_model_tokens}")
     program_id = _new_id()
+    run_tokens = request.max_completion_tokens or request.max_tokens
     return Program(
         id=program_id,
         front=front,
@@ -72,7 +73,8 @@ def chat_program(request: ChatRequest, engine: Engine, config: ServerConfig, rep
         prompt_ids=tuple(ids),
         sampling=request.sampling(),
         opening_sampling={"structured_regex": options.opening_regex} if options.opening_regex else {},
-        branch_tokens=request.max_completion_tokens or request.max_tokens,
+        root_tokens=run_tokens,
+        branch_tokens=options.branch_max_tokens or run_tokens,
         budget=budget,
         on_error=options.on_branch_error,
         extra_args=_claims(program_id, request.vllm_xargs, config),

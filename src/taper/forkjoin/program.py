@@ -16,7 +16,8 @@ from taper.forkjoin.protocol import FrontEnd, Parser
 class Program:
     """Everything a run needs to know. prompt_ids: the root's prompt, without its header.
 
-    sampling: for every run; a leg's own wins. branch_tokens: limit of a run that sets none itself.
+    sampling: for every run; a leg's own wins. root_tokens, branch_tokens: limits of a run of the root and of any other
+    branch, where its leg sets none.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Program:
     prompt_ids: tuple[int, ...]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     opening_sampling: Mapping[str, Any] = field(default_factory=dict)  # for the root's first run only
+    root_tokens: int | None = None
     branch_tokens: int | None = None
     budget: Budget = field(default_factory=Budget)
     on_error: OnError = OnError.FAIL

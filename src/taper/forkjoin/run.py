@@ -230,8 +230,8 @@ class Run:
         """Start a run. What cannot run is reported through the inbox, like an engine's refusal."""
         run = self._new_run(branch)
         room = self._engine.max_model_tokens - len(branch.context.ids)
-        limits = [branch.leg.max_tokens, self._program.branch_tokens if branch.leg.max_tokens is None else None]
-        wanted = min([limit for limit in limits if limit is not None], default=room)
+        general = self._program.root_tokens if branch.parent is None else self._program.branch_tokens
+        wanted = next((most for most in (branch.leg.max_tokens, general) if most is not None), room)
         if wanted == 0:
             self._inbox.put_nowait((branch.name, run, Silence()))
             branch.has_begun = True

@@ -145,6 +145,7 @@ class ProgramRequest(SamplingFields):
 class TaperOptions(Strict):
     """`taper` of a chat completion: the protocol to follow in the model's own output.
 
+    branch_max_tokens: bounds every run of a forked branch, where the request's max_tokens is for the root.
     opening_regex: constrains the first run of the answer, for models that were not trained for the protocol.
     """
 
@@ -153,6 +154,7 @@ class TaperOptions(Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     budget: BudgetRequest = Field(default_factory=BudgetRequest)
     on_branch_error: OnError = OnError.FAIL
+    branch_max_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
     opening_regex: str | None = Field(default=None, min_length=1, max_length=10_000)
 
 
@@ -161,7 +163,10 @@ class StreamOptions(Strict):
 
 
 class ChatRequest(SamplingFields):
-    """The part of OpenAI's chat completions that a protocol can serve. max_tokens bounds every run of a branch."""
+    """The part of OpenAI's chat completions that a protocol can serve.
+
+    max_tokens bounds every run of the root, and of a branch unless taper.branch_max_tokens does.
+    """
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
