@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from taper import __version__
+from taper.bench_commands import bench, report
 from taper.config import ServerConfig, resolve_policy, settings
 from taper.core.types import ConfigError, Knobs, Slo, check_range
 
@@ -251,6 +252,10 @@ def demo(
         profile_path=profile_path,
     )
     run_demo(options, Console())
+
+
+cli.add_command(bench)
+cli.add_command(report)
 
 
 def _config(
