@@ -15,7 +15,7 @@ from taper.forkjoin import protocol
 from taper.forkjoin.answers import Gathered, event_json
 from taper.forkjoin.compile import chat_program, explicit_program
 from taper.forkjoin.events import Done, Ended, Joined, Started, Text
-from taper.forkjoin.plan import BranchSpec, Fork, Join, Resume
+from taper.forkjoin.plan import BranchSpec, End, Fork, Join, Resume
 from taper.forkjoin.protocols import BUILT_IN
 from taper.forkjoin.service import Service
 from taper.forkjoin.wire import ChatRequest, ProgramRequest
@@ -460,13 +460,15 @@ class NotingParser:
         self.is_root = is_root
 
     def feed(self, text):
-        ends = [self.chars + at + 1 for at, char in enumerate(text) if char == "!" and self.is_root]
+        ends = [self.chars + at + 1 for at, char in enumerate(text) if char == ("!" if self.is_root else ".")]
         self.chars += len(text)
+        if not self.is_root:
+            return [End(at=end) for end in ends[:1]]
         resume = Resume(text="=", separator=",")
         return [
             Fork(
                 at=end,
-                branches=(BranchSpec(label="n", header="?"),),
+                branches=(BranchSpec(label="n", header="?", closing="."),),
                 join=Join.SYNC,
                 parent_continues=True,
                 resume=resume,
@@ -483,7 +485,7 @@ def test_sync_children_start_at_once_and_are_joined_at_the_parents_end(chunk, mo
     def reply(prompt):
         if prompt.endswith("="):
             return "end"
-        return {"a!?": "n1", "b!?": "n2"}.get(prompt[-3:], "a!b!c" if prompt.endswith(">") else "")
+        return {"a!?": "n1.dropped", "b!?": "n2"}.get(prompt[-3:], "a!b!c" if prompt.endswith(">") else "")
 
     engine = ToyEngine(reply, chunk=chunk)
     request = ChatRequest.model_validate(
@@ -491,8 +493,8 @@ def test_sync_children_start_at_once_and_are_joined_at_the_parents_end(chunk, mo
     )
     monkeypatch.setitem(BUILT_IN, "noting", Noting)
     events, _, answer = run(engine, chat_program(request, engine, CONFIG, None))
-    assert engine.runs[-1]["prompt"] == "[Q]>a!b!c?n1,?n2,="
-    assert answer == "a!?n1b!?n2c=end"
+    assert engine.runs[-1]["prompt"] == "[Q]>a!b!c?n1.,?n2.,="
+    assert answer == "a!?n1.b!?n2.c=end"
     assert [event.children for event in events if isinstance(event, Joined)] == [("0.1", "0.2")]
 
 

@@ -17,6 +17,8 @@ from taper.forkjoin.program import ContextFull, LiveBranch, Program, Silence
 
 log = logging.getLogger(__name__)
 
+TEXT_END_CHARS = 64  # of a branch's text are kept: closings are shorter
+
 Events = Iterator[ProgramEvent]
 
 
@@ -71,8 +73,8 @@ class Run:
             self.usage.add_prefill(branch.kind, branch.name, len(branch.context.ids), chunk.cached_tokens)
         self.usage.add_generated(len(chunk.token_ids), is_root=branch.parent is None)
         branch.context.grow(chunk.token_ids, chunk.text)
-        branch.text_end = (branch.text_end + chunk.text)[-64:]
-        before = branch.context.chars - len(chunk.text)
+        said, before = branch.text_end, branch.context.chars - len(chunk.text)
+        branch.text_end = (said + chunk.text)[-TEXT_END_CHARS:]
         over = self._machine.grew(branch.name, len(chunk.token_ids), self._clock())
         if over:
             yield self._text(branch, chunk.text, len(chunk.token_ids))
@@ -85,6 +87,8 @@ class Run:
                 yield self._text(branch, chunk.text[shown:upto], counted)
             shown, counted = max(upto, shown), 0
             goes_on = isinstance(event, Fork) and event.parent_continues
+            if not goes_on:  # what follows in this chunk is dropped
+                branch.text_end = (said + chunk.text[:upto])[-TEXT_END_CHARS:]
             yield from self._follow(branch, event)
             if not goes_on or not self._machine.is_running(branch.name):
                 return
@@ -99,7 +103,7 @@ class Run:
         if chunk.finish is not None:
             found = found + branch.parser.close()
         elif any(isinstance(event, End) or not event.parent_continues for event in found):
-            branch.parser.close()  # what follows in this chunk is dropped
+            branch.parser.close()
         self.usage.malformed_tags += branch.parser.malformed - before
         yield from found
 
