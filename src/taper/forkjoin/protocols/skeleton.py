@@ -19,7 +19,7 @@ _POINT = re.compile(r"^[ \t]*(?:\*\*)?(\d{1,2})[.)](?:\*\*)?[ \t]+(\S.*?)[ \t]*$
 _LEAST = 2
 
 _OUTLINE = (
-    "Write only the outline of an answer to the question below: a numbered list of 3 to {points} points, "
+    "Write only the outline of an answer to the question below: a numbered list of 3 to 10 points, "
     "each 3 to 5 words long. Do not write the answer itself.\n\nQuestion: {question}"
 )
 _WRITE = (
@@ -38,7 +38,7 @@ class Skeleton:
 
     @classmethod
     def from_options(cls, options: Options) -> Skeleton:
-        """Options: max_points (2-10), outline_tokens and point_tokens (1-100000). Raises `ConfigError`."""
+        """Options: max_points (2-10; points beyond are left out), outline_tokens and point_tokens (1-100000). Raises `ConfigError`."""
         ranges = {"max_points": (_LEAST, 10), "outline_tokens": (1, 100_000), "point_tokens": (1, 100_000)}
         for name, value in options.items():
             if name not in ranges:
@@ -51,7 +51,7 @@ class Skeleton:
 
     def opening(self, messages: Sequence[Message]) -> BranchSpec:
         question = _question(messages)
-        ask = {"role": "user", "content": _OUTLINE.format(points=self.max_points, question=question)}
+        ask = {"role": "user", "content": _OUTLINE.format(question=question)}
         return BranchSpec(
             label="",
             messages=(*messages[:-1], ask),
@@ -99,7 +99,6 @@ class SkeletonParser:
         messages, self._messages = self._messages, None
         text = "".join(self._text)
         points = [match[2] for match in _POINT.finditer(text)]
-        self.malformed += max(len(points) - self._family.max_points, 0)
         if len(points) < _LEAST:
             self.malformed += 1
             whole = BranchSpec(label="1", messages=messages)
