@@ -38,7 +38,10 @@ class Skeleton:
 
     @classmethod
     def from_options(cls, options: Options) -> Skeleton:
-        """Options: max_points (2-10; points beyond are left out), outline_tokens and point_tokens (1-100000). Raises `ConfigError`."""
+        """Options: max_points (2-10; points beyond are left out), outline_tokens and point_tokens (1-100000).
+
+        Raises `ConfigError`.
+        """
         ranges = {"max_points": (_LEAST, 10), "outline_tokens": (1, 100_000), "point_tokens": (1, 100_000)}
         for name, value in options.items():
             if name not in ranges:
