@@ -74,7 +74,7 @@ def test_a_run_is_asked_for_with_token_ids_under_the_programs_id():
     client = Client([output([7], "a", finish="length", cached=32)])
     (chunk,) = generate(client, {"max_tokens": 4, "stop": ["x"], "skip_special_tokens": False, "temperature": 0.2})
     ((prompt, params, request_id, rank),) = client.calls
-    assert (prompt, request_id, rank) == ({"prompt_token_ids": [5, 6]}, "p", 3)
+    assert (prompt["prompt_token_ids"], request_id, rank) == ([5, 6], "p", 3)
     assert (params.max_tokens, params.stop, params.temperature, params.top_p) == (4, ["x"], 0.2, 0.9)
     assert (params.extra_args, params.skip_special_tokens) == ({"taper_group": "p"}, False)
     assert chunk == TokenChunk(token_ids=[7], text="a", finish="length", cached_tokens=32)

@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter
 
+from taper.engines.vllm import compat
 from taper.engines.vllm.middleware import App, Receive, Scope, Send, replay, whole_body
 
 
@@ -75,7 +76,7 @@ class VllmEngine:
         """Runs of one program share `request_id`: vLLM keeps them apart itself, and one abort ends them all."""
         params = self._sampling_params(sampling, extra_args)
         outputs = self._client.generate(
-            {"prompt_token_ids": list(prompt_ids)}, params, request_id=request_id, data_parallel_rank=replica
+            compat.token_prompt(prompt_ids), params, request_id=request_id, data_parallel_rank=replica
         )
         cached_tokens = 0
         async with aclosing(outputs) as stream:
