@@ -56,6 +56,7 @@ class ToyEngine:
         prompt_ids: Sequence[int],
         sampling: Mapping[str, Any],
         *,
+        kept_stops: Sequence[str],
         request_id: str,
         extra_args: Mapping[str, Any],
         replica: int | None,

@@ -59,7 +59,9 @@ def engine(client, **args):
 def generate(client, sampling, *, leave_after=None):
     async def collect():
         chunks = []
-        stream = engine(client).generate((5, 6), sampling, request_id="p", extra_args={"taper_group": "p"}, replica=3)
+        stream = engine(client).generate(
+            (5, 6), sampling, kept_stops=("</Path>",), request_id="p", extra_args={"taper_group": "p"}, replica=3
+        )
         async for chunk in stream:
             chunks.append(chunk)
             if len(chunks) == leave_after:
@@ -90,6 +92,7 @@ def test_a_regex_becomes_a_structured_output():
     ("stop", "ids", "text"),
     [
         ("</Path>", [7, 8], "ab</Path>"),  # a stop string is part of the text and of the context
+        ("mine", [7, 8], "ab"),  # a client's stop string is not part of the text
         (None, [7], "ab"),  # the end-of-sequence token is not
         (42, [7], "ab"),  # nor is a stop token
     ],

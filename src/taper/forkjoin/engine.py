@@ -11,7 +11,7 @@ from taper.forkjoin.plan import Message
 class Chunk(Protocol):
     """What a run has generated since the last chunk.
 
-    text ends with the stop string that ended the run, if one did; token_ids hold no end-of-sequence token.
+    text ends with the stop string that ended the run if that one is kept; token_ids hold no end-of-sequence token.
     finish: "stop", "length" or another word of the engine's for a run that did not end well; None while it runs.
     cached_tokens: prompt tokens whose KV was there already; set on the first chunk at the latest.
     """
@@ -56,6 +56,7 @@ class Engine(Protocol):
         prompt_ids: Sequence[int],
         sampling: Mapping[str, Any],
         *,
+        kept_stops: Sequence[str],
         request_id: str,
         extra_args: Mapping[str, Any],
         replica: int | None,
@@ -63,6 +64,7 @@ class Engine(Protocol):
         """One run. Closing the generator aborts it.
 
         sampling: OpenAI's and vLLM's names; `structured_regex` constrains the output; unset ones are the model's own.
+        kept_stops: stop strings that are part of the text: a grammar's, not a client's.
         extra_args: what the scheduler reads (`vllm_xargs`).
         replica: which engine replica must run it; None where there is one.
         """

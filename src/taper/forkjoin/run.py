@@ -259,7 +259,12 @@ class Run:
             "skip_special_tokens": not program.front.keeps_special_tokens,
         }
         stream = engine.generate(
-            tuple(ids), sampling, request_id=program.id, extra_args=program.extra_args, replica=program.replica
+            tuple(ids),
+            sampling,
+            kept_stops=branch.leg.stop,
+            request_id=program.id,
+            extra_args=program.extra_args,
+            replica=program.replica,
         )
         try:
             async with aclosing(stream) as chunks:

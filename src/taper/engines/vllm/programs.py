@@ -69,6 +69,7 @@ class VllmEngine:
         prompt_ids: Sequence[int],
         sampling: Mapping[str, Any],
         *,
+        kept_stops: Sequence[str],
         request_id: str,
         extra_args: Mapping[str, Any],
         replica: int | None,
@@ -82,7 +83,7 @@ class VllmEngine:
         async with aclosing(outputs) as stream:
             async for output in stream:
                 cached_tokens = max(cached_tokens, output.num_cached_tokens or 0)
-                yield _chunk(output.outputs[0], cached_tokens)
+                yield _chunk(output.outputs[0], cached_tokens, kept_stops)
 
     async def abort(self, request_id: str) -> None:
         await self._client.abort(request_id)
@@ -150,12 +151,12 @@ def _is_ours(body: bytes) -> bool:
     return options is not None and options != {"protocol": "off"}
 
 
-def _chunk(output: Any, cached_tokens: int) -> TokenChunk:
-    """The text ends with its stop string; end-of-sequence and stop tokens are no part of a context that goes on."""
+def _chunk(output: Any, cached_tokens: int, kept_stops: Sequence[str]) -> TokenChunk:
+    """The text ends with its stop string where that is kept; end-of-sequence and stop tokens are no part of a context that goes on."""
     ids, text, stop = list(output.token_ids), output.text, output.stop_reason
     if output.finish_reason == "stop":
         if isinstance(stop, str):
-            text += stop
+            text += stop if stop in kept_stops else ""
         else:
             ids = ids[:-1]
     return TokenChunk(token_ids=ids, text=text, finish=output.finish_reason, cached_tokens=cached_tokens)
