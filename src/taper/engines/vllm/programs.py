@@ -152,7 +152,7 @@ def _is_ours(body: bytes) -> bool:
 
 
 def _chunk(output: Any, cached_tokens: int, kept_stops: Sequence[str]) -> TokenChunk:
-    """The text ends with its stop string where that is kept. End-of-sequence and stop tokens are no part of a context."""
+    """The text ends with its stop string where that is kept. End-of-sequence and stop tokens are in no context."""
     ids, text, stop = list(output.token_ids), output.text, output.stop_reason
     if output.finish_reason == "stop":
         if isinstance(stop, str):
