@@ -15,7 +15,7 @@ ROOT = Path(taper.__file__).parent
 FLOORS = (
     {"core"},
     {"config", "claims", "profile", "records", "goodput", "results", "model", "gguf_convert", "workload"},
-    {"sim", "engines", "forkjoin", "bench"},
+    {"sim", "engines", "forkjoin", "client", "bench"},
     {"doctor", "demo", "benchmark", "fleet", "bench_commands", "sim_commands", "cli", "vllm_plugin"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

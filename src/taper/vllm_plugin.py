@@ -7,7 +7,13 @@ never break one. The second is loaded only where `VLLM_PLUGINS` names `taper`.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from taper.engines.vllm.routes import TaperEndpoints
+    from taper.forkjoin.routes import ProgramRoutes
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +33,39 @@ def install() -> None:
 
 
 def endpoints() -> Any:
-    """The endpoint plugin with the /taper and /v1/taper routes."""
+    """The endpoint plugin: the /taper and /v1/taper routes, and fork and join on top of this server's engine."""
+    from taper.config import ServerConfig
     from taper.engines.vllm.routes import TaperEndpoints
+    from taper.forkjoin.routes import ProgramRoutes
 
-    return TaperEndpoints()
+    return Endpoints(TaperEndpoints(), ProgramRoutes(ServerConfig.from_env()))
+
+
+class Endpoints:
+    """Both sets of routes as one plugin. A server without an engine answers their requests with 503."""
+
+    name = "taper"
+    required_tasks = None
+
+    def __init__(self, control: TaperEndpoints, programs: ProgramRoutes) -> None:
+        self._control = control
+        self._programs = programs
+
+    def attach_router(self, app: FastAPI) -> None:
+        from taper.engines.vllm.programs import ChatSwitch
+        from taper.forkjoin.routes import CHAT_PATH
+
+        self._control.attach_router(app)
+        self._programs.attach_router(app)
+        app.add_middleware(ChatSwitch, path=CHAT_PATH)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        from prometheus_client import REGISTRY
+
+        from taper.engines.vllm.programs import ProgramMetrics, VllmEngine
+        from taper.forkjoin.service import COUNTS
+
+        await self._control.init_state(engine_client, state, args)
+        if engine_client is not None:
+            metrics = ProgramMetrics(COUNTS, REGISTRY)
+            self._programs.serve(VllmEngine(engine_client, args), metrics.add)

@@ -230,6 +230,15 @@ def blocked(requests: Sequence[Any]) -> Bools:
 # --- engine processes -------------------------------------------------------------------------------------
 
 
+def token_prompt(ids: Sequence[int]) -> Any:
+    """Token ids as the engine client takes them: newer releases want them rendered, older ones raw."""
+    try:
+        from vllm.inputs import tokens_input
+    except ImportError:
+        return {"prompt_token_ids": list(ids)}
+    return tokens_input(list(ids))
+
+
 def engine_core_class() -> Any:
     from vllm.v1.engine.core import EngineCore
 

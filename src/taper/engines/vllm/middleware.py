@@ -35,13 +35,13 @@ class ClaimsMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
             return
-        messages = await _whole_body(receive)
+        messages = await whole_body(receive)
         body = b"".join(message.get("body", b"") for message in messages)
         error = self._refusal(body)
         if error is not None:
             await error_response(400, error)(scope, receive, send)
             return
-        await self._app(scope, _replay(messages, receive), send)
+        await self._app(scope, replay(messages, receive), send)
 
     def _refusal(self, body: bytes) -> str | None:
         """Why the claims in `body` are refused; None for none, or for a body that is vLLM's to refuse."""
@@ -60,7 +60,7 @@ class ClaimsMiddleware:
         return None
 
 
-async def _whole_body(receive: Receive) -> list[Message]:
+async def whole_body(receive: Receive) -> list[Message]:
     """Messages up to the end of the body, or up to the disconnect that cut it short."""
     messages = []
     while True:
@@ -70,13 +70,13 @@ async def _whole_body(receive: Receive) -> list[Message]:
             return messages
 
 
-def _replay(messages: list[Message], receive: Receive) -> Receive:
+def replay(messages: list[Message], receive: Receive) -> Receive:
     """Hand out `messages` again, then whatever comes after them."""
     pending = iter(messages)
 
-    async def replay() -> Message:
+    async def again() -> Message:
         for message in pending:
             return message
         return await receive()
 
-    return replay
+    return again
