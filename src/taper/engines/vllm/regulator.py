@@ -10,7 +10,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,17 @@ from taper.config import ServerConfig, resolve_policy
 from taper.core.controller import Controller
 from taper.core.latency import LinearLatency
 from taper.core.policies import Policy
-from taper.core.types import ConfigError, FinishedRequest, Knobs, Slo, StepLoad, StepOutcome
+from taper.core.types import ConfigError, FinishedRequest, Knobs, Plan, Slo, StepLoad, StepOutcome
 from taper.engines.vllm import compat, enforce, view
 from taper.engines.vllm.enforce import Enforced
 from taper.engines.vllm.groups import GroupTable
 from taper.engines.vllm.meter import Step, StepMeter, Window
 from taper.engines.vllm.seam import SchedulerSeam, preempted, step_rows
+from taper.engines.vllm.tally import Tally
+from taper.engines.vllm.view import Frame
 from taper.profile import Profile, parse_profile
+from taper.trace.decision import Decision
+from taper.trace.file import TraceWriter
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +41,19 @@ TOKENS_PER_ROW_RATE = 0.05  # weight of one step in the running mean, with specu
 MAX_START_PAUSE_STEPS = 32
 
 
+@dataclass(frozen=True, slots=True)
+class LastDecision:
+    """What the last planned step was planned on."""
+
+    frame: Frame
+    plan: Plan
+
+
 class Regulator:
     """State and hooks; `TaperScheduler` calls them around vLLM's own methods."""
 
     def __init__(self, seam: SchedulerSeam, config: ServerConfig, clock: Callable[[], float]) -> None:
-        """Raises `ConfigError` for an unknown policy or a broken profile."""
+        """Raises `ConfigError` for an unknown policy, a broken profile or a trace that cannot be written."""
         self.seam = seam
         self.config = config
         self.clock = clock
@@ -56,12 +69,15 @@ class Regulator:
         self.meter = StepMeter()
         self.window = Window(since_s=clock())
         self.records: deque[dict[str, Any]] = deque(maxlen=config.record_steps)
+        self.tally = Tally(clock())
+        self.trace = _trace(config, seam.replica)
+        self.last_decision: LastDecision | None = None  # None: the last step needed none
         self.last_step: Step | None = None
         self.steps = 0
         self.fallbacks = 0
         self.rejected_claims = 0
         self._finished: list[FinishedRequest] = []
-        self._ran_last: dict[str, int] = {}
+        self.ran_last: dict[str, int] = {}  # request id -> tokens in the last scheduled step
         self._is_prefilling = False
         self._spins = False  # the last step came out empty although rows had been kept from it
         self._tokens_per_row = 1.0
@@ -100,7 +116,7 @@ class Regulator:
             for name in list(self.table.branches) if request_ids is None else request_ids:
                 branch = self.table.branches.get(name)
                 if branch is not None and compat.is_over(branch.request):
-                    self.table.end(name, self.clock(), is_whole=False)
+                    self._end(name, self.clock(), is_whole=False)
 
     def claims_of(self, request: Any) -> Claims:
         """The request's claims; refused ones count, and the defaults hold instead.
@@ -121,6 +137,7 @@ class Regulator:
         """Plan the coming step and make vLLM's scheduler carry it out. Never raises."""
         enforced = Enforced()
         if self._is_stock_step():
+            self.last_decision = None
             return enforced
         start_s = self.clock()
         with self._guarded():
@@ -128,7 +145,7 @@ class Regulator:
                 self._regulate(enforced, start_s)
             except Exception:
                 self.restore(enforced)
-                enforced.plan = None
+                enforced.plan = enforced.decision = self.last_decision = None
                 raise
         enforced.planner_s = self.clock() - start_s
         return enforced
@@ -139,7 +156,7 @@ class Regulator:
     def after_schedule(self, enforced: Enforced, output: Any) -> None:
         with self._guarded():
             now_s = self.clock()
-            self._ran_last = output.num_scheduled_tokens
+            self.ran_last = output.num_scheduled_tokens
             if not output.total_num_scheduled_tokens:
                 self._spins = bool(enforced.deferred or enforced.held)
                 self.meter.interrupted()
@@ -166,7 +183,7 @@ class Regulator:
                 return
             self._note_tokens(engine_outputs, step)
             self.table.externality_s += step.externality_s
-            self._book(step)
+            self._book(step, now_s)
             finished, self._finished = tuple(self._finished), []
             self.controller.observe(
                 StepOutcome(
@@ -195,7 +212,7 @@ class Regulator:
             self.table,
             self.seam,
             now_s=now_s,
-            ran_last=self._ran_last,
+            ran_last=self.ran_last,
             tokens_per_row=self._tokens_per_row,
             may_start=self._start_pause_steps == 0,
         )
@@ -205,7 +222,9 @@ class Regulator:
             return
         plan = self.controller.decide(frame.view)
         enforce.check(plan, frame.view)
-        enforced.plan = plan
+        enforced.plan, self.last_decision = plan, LastDecision(frame, plan)
+        if self.trace is not None:
+            enforced.decision = self._traced(frame, plan)
         enforced.groups = len(frame.view.tokens)
         if self.table.parallel_groups:
             enforce.apply(self.seam, frame, plan, enforced)
@@ -220,7 +239,7 @@ class Regulator:
         """
         if not enforced.starts:
             return
-        if all(name in self._ran_last for name in enforced.starts):
+        if all(name in self.ran_last for name in enforced.starts):
             self._next_start_pause_steps = 1
             return
         self._start_pause_steps = self._next_start_pause_steps
@@ -244,6 +263,7 @@ class Regulator:
             held=enforced.held,
             predicted_s=self.controller.latency.predict_load(load),
             planner_s=enforced.planner_s,
+            decision=enforced.decision,
             is_representative=not preempted(output),
         )
         if not self.table.parallel_groups:
@@ -255,16 +275,30 @@ class Regulator:
             step.budget_s = plan.budget_s
             step.slack_min_s = plan.slack_min_s
             step.externality_s = max(plan.externality_s, 0.0)
+            self._count_widths(plan)
+        elif not self.table.parallel_groups:
+            self.tally.serial(rows)
         return step
+
+    def _count_widths(self, plan: Plan) -> None:
+        if self.last_decision is not None:
+            request = self.last_decision.frame.view.request
+            self.tally.widths(np.bincount(request[plan.run]))
 
     def _note_end(self, request_id: str, now_s: float) -> None:
         branch = self.table.branches.get(request_id)
         # A streaming-input session reports an end and lives on.
         if branch is None or not compat.is_over(branch.request):
             return
-        finished = self.table.end(request_id, now_s, is_whole=compat.ended_well(branch.request))
+        self._end(request_id, now_s, is_whole=compat.ended_well(branch.request))
+
+    def _end(self, request_id: str, now_s: float, *, is_whole: bool) -> None:
+        group = self.table.branches[request_id].group
+        finished = self.table.end(request_id, now_s, is_whole=is_whole)
         if finished is not None:
             self._finished.append(finished)
+        if not group.branches:
+            self.tally.closed(group, finished, now_s)
 
     def _note_tokens(self, engine_outputs: dict[int, Any], step: Step) -> None:
         if self.seam.spec_tokens and step.load.rows and not step.load.prefill_tokens:
@@ -272,8 +306,27 @@ class Regulator:
             rate = TOKENS_PER_ROW_RATE
             self._tokens_per_row += rate * (max(tokens / step.load.rows, 1.0) - self._tokens_per_row)
 
-    def _book(self, step: Step) -> None:
+    def _traced(self, frame: Frame, plan: Plan) -> Decision:
+        requests, branches = frame.columns.numbers
+        return Decision(
+            step=self.steps + 1,
+            policy=self.controller.in_force.name,
+            view=frame.view,
+            latency=self.controller.latency,
+            knobs=self.controller.knobs,
+            guidance=self.controller.guidance,
+            plan=plan,
+            requests=requests[np.unique(frame.columns.request[frame.branch])],
+            branches=branches[frame.branch],
+        )
+
+    def _book(self, step: Step, now_s: float) -> None:
         self.window.add(step)
+        self.tally.step(step, now_s)
+        if self.trace is not None and step.decision is not None:
+            decided = replace(step.decision, measured_s=step.measured_s, ending=step.ending.value)
+            step.decision = None
+            self.trace.put(decided)
         self.records.append(step.record())
         self.last_step = step
 
@@ -291,3 +344,13 @@ class Regulator:
 def _controller(profile: Profile | None, policy: Policy, knobs: Knobs) -> Controller:
     latency = profile.latency() if profile else UNCALIBRATED
     return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None)
+
+
+def _trace(config: ServerConfig, replica: int) -> TraceWriter | None:
+    """The trace of this replica: PATH for the first, PATH-N before the suffix for the others."""
+    if config.trace is None:
+        return None
+    path = Path(config.trace)
+    if replica:
+        path = path.with_name(f"{path.stem}-{replica}{path.suffix}")
+    return TraceWriter(path, max_bytes=config.trace_mib << 20)
