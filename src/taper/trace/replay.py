@@ -7,14 +7,14 @@ the steps after it would have looked different too, and what-if over time is the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from taper.core.policies import FixedCap, Policy
 from taper.core.types import Ints, Plan
-from taper.trace.decision import Decision
+from taper.trace.decision import Decision, TraceError
 
 MS_PER_S = 1000.0
 
@@ -56,24 +56,29 @@ def same(one: Plan, other: Plan) -> bool:
     )
 
 
-def replay(decisions: Iterable[Decision], policy_of: dict[str, Policy], *, shown: int = 10) -> Replay:
-    """Decide every step again with `policy_of[recorded policy name]`. Raises ValueError for an empty trace."""
+def replay(
+    decisions: Iterable[Decision], policy: Policy | None, resolve: Callable[[str], Policy], *, shown: int = 10
+) -> Replay:
+    """Decide every step again: with `policy`, or where that is None with the recorded one, found by `resolve`.
+
+    Raises `TraceError` for an empty trace.
+    """
     rows: list[tuple[int, int, float, float, bool]] = []
     identical = 0
     found: list[Difference] = []
     for decision in decisions:
-        policy = policy_of[decision.policy]
-        plan, other = decision.plan, decide(decision, policy)
+        deciding = policy or resolve(decision.policy)
+        plan, other = decision.plan, decide(decision, deciding)
         identical += same(plan, other)
         rows.append(
             (_extra(plan), _extra(other), plan.predicted_s, other.predicted_s, other.predicted_s > plan.budget_s)
         )
         if not same(plan, other):
-            found.append(_difference(decision, policy, other))
+            found.append(_difference(decision, deciding, other))
             found.sort(key=lambda one: -sum(abs(by) for _, by in one.moved))
             del found[shown:]
     if not rows:
-        raise ValueError("the trace holds no decision: nothing branched, waited or was being prefilled")
+        raise TraceError("the trace holds no decision: nothing branched, waited or was being prefilled")
     extra, other_extra, predicted, other_predicted, over = np.array(rows, dtype=np.float64).T
     return Replay(
         decisions=len(rows),
@@ -97,14 +102,14 @@ def _difference(decision: Decision, policy: Policy, other: Plan) -> Difference:
 def _why(decision: Decision, policy: Policy, other: Plan) -> str:
     """The one number that made the difference."""
     plan = decision.plan
+    if np.array_equal(plan.run, other.run):
+        return f"prompt bound {_tokens(plan)} -> {_tokens(other)}"
     if policy.is_stock:
         over = other.predicted_s - plan.budget_s
         beyond = f", {_ms(over)} beyond the recorded budget" if over > 0 else ""
         return f"runs every branch{beyond}"
     if isinstance(policy, FixedCap):
         return f"at most {policy.width} per request, whatever the budget of {_ms(plan.budget_s)}"
-    if np.array_equal(plan.run, other.run):
-        return f"prompt bound {plan.prefill_limit_tokens} -> {other.prefill_limit_tokens} tokens"
     if not math.isclose(plan.budget_s, other.budget_s, rel_tol=1e-9):
         return f"budget {_ms(plan.budget_s)} -> {_ms(other.budget_s)}"
     return "same budget, other requests first"
@@ -116,6 +121,10 @@ def _widths(decision: Decision, plan: Plan) -> Ints:
 
 def _extra(plan: Plan) -> int:
     return int(np.count_nonzero(plan.run)) - int(np.count_nonzero(plan.protected))
+
+
+def _tokens(plan: Plan) -> str:
+    return "the engine's own" if plan.prefill_limit_tokens is None else f"{plan.prefill_limit_tokens} tokens"
 
 
 def _ms(seconds: float) -> str:

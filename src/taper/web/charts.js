@@ -2,12 +2,12 @@
 
 import { colours, fit } from "./lanes.js";
 
-const HIGH = 150, LEFT = 40, BOTTOM = 18, TOP = 8;
+const HIGH = 140, LEFT = 40, BOTTOM = 18, TOP = 8;
 
 export class Chart {
-  // series: [{ name, column, colour, scale, dash, area }]; unit is written beside the values.
-  constructor({ title, unit, digits = 0, series }) {
-    Object.assign(this, { title, unit, digits, series, rows: [], at: null });
+  // series: [{ name, column, colour, scale, dash, area }]; unit is written beside the values; high fixes the axis.
+  constructor({ title, unit, digits = 0, high = null, series }) {
+    Object.assign(this, { title, unit, digits, high, series, rows: [], at: null });
     this.figure = document.createElement("figure");
     this.caption = document.createElement("figcaption");
     this.heading = Object.assign(document.createElement("b"), { textContent: title });
@@ -48,7 +48,7 @@ export class Chart {
     fit(this.canvas, wide, HIGH);
     pen.clearRect(0, 0, wide, HIGH);
     const values = this.rows.flatMap((row) => this.series.map((one) => this.value(row, one))).filter((v) => v !== null);
-    const low = Math.min(0, ...values), high = nice(Math.max(1e-9, ...values.map((v) => v * 1.05)));
+    const low = Math.min(0, ...values), high = this.high ?? nice(Math.max(1e-9, ...values));
     const x = (row) => LEFT + (wide - LEFT - 6) * (1 - (this.now - row[0]) / this.span);
     const y = (v) => TOP + (HIGH - TOP - BOTTOM) * (1 - (v - low) / (high - low));
     this.axes(pen, look, wide, low, high, y);
@@ -126,7 +126,7 @@ export class Chart {
 
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 4, 5, 10].map((n) => n * power).find((n) => n >= value) ?? value;
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((n) => n * power).find((n) => n >= value) ?? value;
 }
 
 const short = (v) => (v >= 1000 ? `${v / 1000}k` : `${+v.toFixed(v < 10 ? 1 : 0)}`);

@@ -48,7 +48,7 @@ export class Lanes {
       pen.fillText(`${lane.tokens.toLocaleString("en")} tok`, wide - 84, middle);
     }
     const count = lane.finished + lane.roles.length, room = wide - left - right;
-    const pitch = Math.min(30, room / count), size = Math.max(pitch - (pitch > 6 ? 3 : 1), 1);
+    const pitch = Math.min(40, room / count), size = Math.max(pitch - (pitch > 6 ? 3 : 1), 1);
     const longest = Math.max(1, ...lane.progress);
     for (let cell = 0; cell < count; cell++) {
       const branch = cell - lane.finished, x = left + cell * pitch;

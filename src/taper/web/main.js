@@ -4,7 +4,7 @@ import { Chart } from "./charts.js";
 import { Lanes, signed } from "./lanes.js";
 import { Playground, reason } from "./playground.js";
 
-const PERIOD_MS = 500, SLOWEST_MS = 5000, KEPT_S = 300, TABLE_ROWS = 100, STALE_S = 3;
+const PERIOD_MS = 500, SLOWEST_MS = 5000, KEPT_S = 300, TABLE_ROWS = 100, STALE_S = 3, SMOOTH_S = 20;
 const $ = (id) => document.getElementById(id);
 const ms = (seconds, digits = 1) => (seconds === null || seconds === undefined ? "–" : `${(seconds * 1000).toFixed(digits)} ms`);
 const percent = (share) => (share === null ? "–" : `${(share * 100).toFixed(share < 1 ? 1 : 0)} %`);
@@ -18,15 +18,20 @@ const charts = [
     { name: "mean", column: "step_s", colour: "protected", scale: 1000 },
     { name: "budget", column: "budget_s", colour: "deferred", scale: 1000, dash: true }] }),
   new Chart({ title: "Slack", unit: " ms", digits: 1, series: [
-    { name: "least slack", column: "slack_min_s", colour: "extra", scale: 1000 },
-    { name: "predicted step", column: "predicted_s", colour: "protected", scale: 1000, dash: true }] }),
+    { name: "predicted step", column: "predicted_s", colour: "protected", scale: 1000 },
+    { name: "least slack", column: "slack_min_s", colour: "extra", scale: 1000, dash: true }] }),
   new Chart({ title: "Width", unit: "", digits: 1, series: [
-    { name: "rows per request", column: "width", colour: "extra" },
-    { name: "deferred rows", column: "deferred", colour: "deferred", dash: true },
+    { name: "rows per request", column: "width", colour: "extra" }] }),
+  new Chart({ title: "Branches", unit: "", digits: 0, series: [
+    { name: "running", column: "rows", colour: "protected" },
+    { name: "deferred", column: "deferred", colour: "deferred", dash: true },
     { name: "held", column: "held", colour: "held", dash: true }] }),
   new Chart({ title: "Tokens per second", unit: "", series: [
-    { name: "raw", column: "tokens", colour: "protected" },
-    { name: "of requests that just met their SLO", column: "goodput_tokens", colour: "extra", dash: true }] }),
+    { name: "raw", column: "raw", colour: "protected" },
+    { name: "goodput", column: "goodput", colour: "extra", dash: true }] }),
+  new Chart({ title: "SLO attainment", unit: " %", high: 100, series: [
+    { name: "serial", column: "serial", colour: "protected" },
+    { name: "branching", column: "branching", colour: "extra", dash: true }] }),
 ];
 $("charts").append(...charts.map((chart) => chart.figure));
 
@@ -105,11 +110,29 @@ function show() {
   lanes.show(engine.lanes, groups ? `${counts} running. The table below says the same in words.` : "No requests are running.");
   if ($("table-box").open) table(engine.lanes);
   const span = Number($("span").value);
-  charts.forEach((chart) => chart.show(state.timelines[state.engine], engine.columns, engine.now_s, span));
+  const [rows, columns] = smoothed(state.timelines[state.engine], engine.columns);
+  charts.forEach((chart) => chart.show(rows, columns, engine.now_s, span));
   if (!$("settings").contains(document.activeElement) && !state.edited) {
     $("new-policy").value = engine.policy;
     $("new-slo").value = +(engine.tpot_slo_s * 1000).toFixed(3);
   }
+}
+
+// Completions come now and then: goodput and attainment are those of the SMOOTH_S seconds up to each one.
+function smoothed(rows, columns) {
+  const at = Object.fromEntries(columns.map((name, index) => [name, index]));
+  let first = 0;
+  const wider = rows.map((row, last) => {
+    while (rows[first][0] <= row[0] - SMOOTH_S) first += 1;
+    const sum = (name) => { let all = 0; for (let i = first; i <= last; i++) all += rows[i][at[name]]; return all; };
+    const seconds = Math.min(SMOOTH_S, row[0] - rows[0][0] + 1);
+    const share = (kind) => {
+      const met = sum(`met_${kind}`), judged = met + sum(`missed_${kind}`);
+      return judged ? (100 * met) / judged : null;
+    };
+    return [...row, sum("tokens") / seconds, sum("goodput_tokens") / seconds, share("serial"), share("branching")];
+  });
+  return [wider, [...columns, "raw", "goodput", "serial", "branching"]];
 }
 
 function tiles(engine) {
@@ -121,7 +144,7 @@ function tiles(engine) {
     step ? `${step.protected} protected, ${step.extra} extra, ${step.deferred} deferred, ${step.held} held` : "");
   write("attainment", percent(recent.attainment),
     recent.judged ? `serial ${percent(recent.attainment_serial)}, branching ${percent(recent.attainment_branching)}` : "no finished request yet");
-  write("goodput", `${number(recent.goodput_tok_s)} tok/s`, `raw ${number(recent.raw_tok_s)} tok/s, last ${Math.round(recent.seconds / 60) || 1} min`);
+  write("goodput", number(recent.goodput_tok_s), `raw ${number(recent.raw_tok_s)}; last ${Math.round(recent.seconds / 60) || 1} min`);
   write("ttft", recent.ttft_p50_s === null ? "–" : `${recent.ttft_p50_s.toFixed(2)} s`,
     recent.ttft_p95_s === null ? "median" : `median; 95 % within ${recent.ttft_p95_s.toFixed(2)} s`);
 }
