@@ -26,10 +26,15 @@ def row(second, step_s):
 def body(*, age_s=0.1, now_s=103.0, seconds=(101, 102, 103), lanes=2, policy="taper"):
     lane = {"kind": "n", "age_s": 3.0, "tokens": 120, "tpot_slo_s": 0.05, "finished": 1, "branches": 4}
     engine = {
-        "now_s": now_s, "policy": policy, "learning": False, "tpot_slo_s": 0.05, "ttft_slo_s": 5.0, "recent": RECENT,
-        "columns": COLUMNS, "timeline": [row(second, 0.04) for second in seconds], "groups": lanes, "branches": 4 * lanes,
-        "step": {"rows": 12, "protected": 2, "extra": 10, "deferred": 4, "held": 1, "measured_s": 0.041, "budget_s": None},
-        "lanes": [lane | {"number": n, "roles": "PEDH", "progress": [9, 9, 5, 0], "credit_s": 1.5 - n} for n in range(lanes)],
+        "now_s": now_s, "policy": policy, "learning": False, "tpot_slo_s": 0.05, "ttft_slo_s": 5.0,
+        "recent": RECENT,
+        "columns": COLUMNS, "timeline": [row(second, 0.04) for second in seconds], "groups": lanes,
+        "branches": 4 * lanes,
+        "step": {"rows": 12, "protected": 2, "extra": 10, "deferred": 4, "held": 1, "measured_s": 0.041,
+                 "budget_s": None},
+        "lanes": [
+            lane | {"number": n, "roles": "PEDH", "progress": [9, 9, 5, 0], "credit_s": 1.5 - n} for n in range(lanes)
+        ],
     }  # fmt: skip
     return {"engines": [engine], "age_s": age_s, "server": {"model": "m", "engines": [0]}}
 

@@ -27,6 +27,7 @@ from taper.engines.vllm.enforce import Enforced
 from taper.engines.vllm.groups import GroupTable
 from taper.engines.vllm.meter import Step, StepMeter, Window
 from taper.engines.vllm.seam import SchedulerSeam, preempted, step_rows
+from taper.engines.vllm.spans import Spans, spans_for
 from taper.engines.vllm.tally import Tally
 from taper.engines.vllm.view import Frame
 from taper.profile import Profile, parse_profile
@@ -71,6 +72,7 @@ class Regulator:
         self.records: deque[dict[str, Any]] = deque(maxlen=config.record_steps)
         self.tally = Tally(clock())
         self.trace = _trace(config, seam.replica)
+        self.spans: Spans | None = spans_for(seam.otlp_endpoint, clock)
         self.last_decision: LastDecision | None = None  # None: the last step needed none
         self.last_step: Step | None = None
         self.steps = 0
@@ -108,7 +110,10 @@ class Regulator:
 
     def added(self, request: Any) -> None:
         with self._guarded():
-            self.table.add(request, self.claims_of(request), self.clock())
+            now_s = self.clock()
+            self.table.add(request, self.claims_of(request), now_s)
+            if self.spans is not None:
+                self.spans.added(self.table.branches[request.request_id], now_s)
 
     def aborted(self, request_ids: list[str] | None) -> None:
         """After vLLM ended these requests (None: all of them) from outside."""
@@ -293,12 +298,18 @@ class Regulator:
         self._end(request_id, now_s, is_whole=compat.ended_well(branch.request))
 
     def _end(self, request_id: str, now_s: float, *, is_whole: bool) -> None:
-        group = self.table.branches[request_id].group
+        branch = self.table.branches[request_id]
+        group = branch.group
         finished = self.table.end(request_id, now_s, is_whole=is_whole)
         if finished is not None:
             self._finished.append(finished)
+        if self.spans is not None:
+            self.spans.branch_ended(branch, now_s)
         if not group.branches:
             self.tally.closed(group, finished, now_s)
+            if self.spans is not None:
+                met = finished.met if finished is not None and finished.tokens > 1 else None
+                self.spans.closed(group, met, now_s)
 
     def _note_tokens(self, engine_outputs: dict[int, Any], step: Step) -> None:
         if self.seam.spec_tokens and step.load.rows and not step.load.prefill_tokens:
