@@ -38,6 +38,9 @@ bench-decide: setup ## how long one decision takes at 256 and 4096 rows
 bench-neutrality: setup ## throughput without branches, TAPER against a stock server
 	@$(BIN)/python benchmarks/neutrality.py $(ARGS)
 
+bench-visibility: setup ## throughput while watched (trace, metrics, live page), against unwatched
+	@$(BIN)/python benchmarks/visibility.py $(ARGS)
+
 doctor: setup ## what works here and what does not
 	@$(BIN)/taper doctor $(ARGS)
 
