@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vllm
 def make(request, monkeypatch, tmp_path):
     def build(**kwargs):
         driver = harness.make(monkeypatch, tmp_path, is_async=request.param, **kwargs)
-        driver.taper.tally = Tally(driver.now_s)
+        driver.taper.onlooker.tally = Tally(driver.now_s)
         return driver
 
     return build
@@ -117,7 +117,7 @@ def test_misses_have_a_cause(make):
     serial = control.snapshot(driver.taper)["counters"]["classes"]["serial"]
     assert serial["missed"] == {"extras": 0, "baseline": 1, "aborted": 1}
     assert (serial["met"], serial["unjudged"]) == (0, 1)
-    recent = driver.taper.tally.recent(driver.now_s)
+    recent = driver.taper.onlooker.tally.recent(driver.now_s)
     assert (recent["attainment"], recent["attainment_branching"], recent["judged"]) == (0.0, None, 2)
 
 
@@ -125,16 +125,16 @@ def test_the_timeline_has_a_row_a_second_and_sends_only_what_is_new(make):
     driver = make()
     driver.add(*fork("p", 3, tokens=100))
     driver.run()
-    everything = driver.taper.tally.timeline(0)
+    everything = driver.taper.onlooker.tally.timeline(0)
     seconds = [row[0] for row in everything]
     assert seconds == sorted(set(seconds))
     assert 2 <= len(seconds) <= 4
     assert sum(row[1] for row in everything) == driver.taper.steps
-    assert driver.taper.tally.timeline(int(seconds[-1])) == everything[-1:]
+    assert driver.taper.onlooker.tally.timeline(int(seconds[-1])) == everything[-1:]
     for _ in range(400):
-        driver.taper.tally._second(driver.now_s)
+        driver.taper.onlooker.tally._second(driver.now_s)
         driver.now_s += 1
-    assert len(driver.taper.tally.timeline(0)) == 300
+    assert len(driver.taper.onlooker.tally.timeline(0)) == 300
 
 
 def test_slack_of_the_last_planned_step(make):
@@ -143,7 +143,7 @@ def test_slack_of_the_last_planned_step(make):
     for _ in range(10):
         driver.step()
     least, median = slack_quantiles_s(driver.taper)
-    assert least == pytest.approx(driver.taper.last_decision.plan.slack_min_s)
+    assert least == pytest.approx(driver.taper.onlooker.last_decision.plan.slack_min_s)
     assert least < median
     driver.run()
     driver.add(request("alone"))

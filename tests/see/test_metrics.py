@@ -203,5 +203,5 @@ def test_the_feed_keeps_the_timeline_and_asks_for_the_rest(drivers):
     assert questions[0] == 0
     assert questions[1] == first[0]["timeline"][-1][0]
     for at, driver in enumerate(drivers):
-        assert second[at]["timeline"] == driver.taper.tally.timeline(0)
+        assert second[at]["timeline"] == driver.taper.onlooker.tally.timeline(0)
     assert len(third[0]["timeline"]) == 1

@@ -22,7 +22,7 @@ def traced(request, monkeypatch, tmp_path):
     driver, exporter, provider = harness.make(monkeypatch, tmp_path, is_async=request.param), None, TracerProvider()
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    driver.taper.spans = Spans(provider.get_tracer("taper"), driver.taper.clock)
+    driver.taper.onlooker.spans = Spans(provider.get_tracer("taper"), driver.taper.clock)
     return driver, exporter
 
 
@@ -67,4 +67,4 @@ def test_an_aborted_request_ends_its_spans(traced):
 
 def test_without_vllms_endpoint_there_are_none(monkeypatch, tmp_path):
     assert spans_for(None, lambda: 0.0) is None
-    assert harness.make(monkeypatch, tmp_path, is_async=False).taper.spans is None
+    assert harness.make(monkeypatch, tmp_path, is_async=False).taper.onlooker.spans is None

@@ -37,7 +37,7 @@ def record(request, monkeypatch, tmp_path):
             driver.run(12)
             driver.step_s = 0.018 + 0.002 * wave
         driver.run()
-        driver.taper.trace.close()
+        driver.taper.onlooker.trace.close()
         assert driver.taper.fallbacks == 0
         return path
 

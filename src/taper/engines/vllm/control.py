@@ -61,10 +61,10 @@ def snapshot(taper: Regulator) -> dict[str, Any]:
             "pending_steps": len(taper.meter),
         },
         "kv_usage": taper.seam.kv_usage,
-        "counters": taper.tally.counters()
+        "counters": taper.onlooker.tally.counters()
         | {"forks": taper.table.forks, "joins": taper.table.joins}
-        | {"trace_dropped": taper.trace.dropped if taper.trace else 0},
-        "recent": taper.tally.recent(taper.clock()),
+        | {"trace_dropped": taper.onlooker.trace.dropped if taper.onlooker.trace else 0},
+        "recent": taper.onlooker.tally.recent(taper.clock()),
         "slack_s": slack_quantiles_s(taper),
     }
 

@@ -13,7 +13,6 @@ import numpy as np
 from taper.core.types import Bools, Ints, Plan, StepView
 from taper.engines.vllm.seam import SchedulerSeam
 from taper.engines.vllm.view import Frame
-from taper.trace.decision import Decision
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +20,6 @@ class Enforced:
     """What was done to vLLM's scheduler, and what of it has to be undone after the call."""
 
     plan: Plan | None = None
-    decision: Decision | None = None  # where steps are traced
     groups: int = 0
     deferred: int = 0
     held: int = 0

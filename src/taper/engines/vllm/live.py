@@ -47,9 +47,9 @@ def live(taper: Regulator, since: int = 0) -> dict[str, Any]:
         "fallbacks": taper.fallbacks,
         "kv_usage": taper.seam.kv_usage,
         "step": {key: record[key] for key in STEP_KEYS} if record and taper.table.branches else None,
-        "recent": taper.tally.recent(start_s),
+        "recent": taper.onlooker.tally.recent(start_s),
         "columns": COLUMNS,
-        "timeline": taper.tally.timeline(since),
+        "timeline": taper.onlooker.tally.timeline(since),
         "groups": len(taper.table.groups),
         "branches": len(taper.table.branches),
         "lanes": lanes(taper, start_s),
@@ -96,9 +96,9 @@ def lanes(taper: Regulator, now_s: float) -> list[dict[str, Any]]:
 
 def slack_quantiles_s(taper: Regulator) -> list[float] | None:
     """[least, median] step time that the requests decoding in the last planned step allowed; None without one."""
-    if taper.last_decision is None:
+    if taper.onlooker.last_decision is None:
         return None
-    view = taper.last_decision.frame.view
+    view = taper.onlooker.last_decision.frame.view
     live_branches = np.bincount(view.request, minlength=len(view.tokens))
     knobs, margin = taper.controller.knobs, taper.controller.guidance.margin
     allowed = slack.allowed_s(view, slack.credit_s(view), live_branches, knobs=knobs, margin=margin)[decoding(view)]
@@ -114,7 +114,7 @@ def _roles(taper: Regulator) -> np.ndarray[Any, np.dtype[np.uint8]]:
     started = np.bincount(columns.request[resident], minlength=len(columns.groups)) > 0
     roles = np.where(resident, DEFERRED, np.where(started[columns.request], HELD, WAITING)).astype(np.uint8)
     roles[ran] = EXTRA
-    decision = taper.last_decision
+    decision = taper.onlooker.last_decision
     if decision is not None and decision.frame.columns is columns:
         protected = decision.frame.branch[decision.plan.protected]
     else:  # a branch came or went since, or nothing was planned: the first row of each request

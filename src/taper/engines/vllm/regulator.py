@@ -10,8 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,14 @@ from taper.config import ServerConfig, resolve_policy
 from taper.core.controller import Controller
 from taper.core.latency import LinearLatency
 from taper.core.policies import Policy
-from taper.core.types import ConfigError, FinishedRequest, Knobs, Plan, Slo, StepLoad, StepOutcome
+from taper.core.types import ConfigError, FinishedRequest, Knobs, Slo, StepLoad, StepOutcome
 from taper.engines.vllm import compat, enforce, view
 from taper.engines.vllm.enforce import Enforced
 from taper.engines.vllm.groups import GroupTable
 from taper.engines.vllm.meter import Step, StepMeter, Window
+from taper.engines.vllm.onlooker import Onlooker
 from taper.engines.vllm.seam import SchedulerSeam, preempted, step_rows
-from taper.engines.vllm.spans import Spans, spans_for
-from taper.engines.vllm.tally import Tally
-from taper.engines.vllm.view import Frame
 from taper.profile import Profile, parse_profile
-from taper.trace.decision import Decision
-from taper.trace.file import TraceWriter
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +35,6 @@ logger = logging.getLogger(__name__)
 UNCALIBRATED = LinearLatency(base_s=0.02, row_s=5e-4, context_s=2e-6, prefill_s=4e-4)
 TOKENS_PER_ROW_RATE = 0.05  # weight of one step in the running mean, with speculative decoding
 MAX_START_PAUSE_STEPS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class LastDecision:
-    """What the last planned step was planned on."""
-
-    frame: Frame
-    plan: Plan
 
 
 class Regulator:
@@ -70,10 +57,7 @@ class Regulator:
         self.meter = StepMeter()
         self.window = Window(since_s=clock())
         self.records: deque[dict[str, Any]] = deque(maxlen=config.record_steps)
-        self.tally = Tally(clock())
-        self.trace = _trace(config, seam.replica)
-        self.spans: Spans | None = spans_for(seam.otlp_endpoint, clock)
-        self.last_decision: LastDecision | None = None  # None: the last step needed none
+        self.onlooker = Onlooker(seam, config, clock)
         self.last_step: Step | None = None
         self.steps = 0
         self.fallbacks = 0
@@ -112,8 +96,7 @@ class Regulator:
         with self._guarded():
             now_s = self.clock()
             self.table.add(request, self.claims_of(request), now_s)
-            if self.spans is not None:
-                self.spans.added(self.table.branches[request.request_id], now_s)
+            self.onlooker.added(self.table.branches[request.request_id], now_s)
 
     def aborted(self, request_ids: list[str] | None) -> None:
         """After vLLM ended these requests (None: all of them) from outside."""
@@ -141,8 +124,8 @@ class Regulator:
     def before_schedule(self) -> Enforced:
         """Plan the coming step and make vLLM's scheduler carry it out. Never raises."""
         enforced = Enforced()
+        self.onlooker.unplanned()
         if self._is_stock_step():
-            self.last_decision = None
             return enforced
         start_s = self.clock()
         with self._guarded():
@@ -150,7 +133,8 @@ class Regulator:
                 self._regulate(enforced, start_s)
             except Exception:
                 self.restore(enforced)
-                enforced.plan = enforced.decision = self.last_decision = None
+                enforced.plan = None
+                self.onlooker.unplanned()
                 raise
         enforced.planner_s = self.clock() - start_s
         return enforced
@@ -183,6 +167,7 @@ class Regulator:
             step = self.meter.updated(output, now_s)
             if self.seam.is_empty:
                 self.table.clear()
+                self.onlooker.unplanned()
                 self.meter.interrupted()
             if step is None:
                 return
@@ -227,9 +212,8 @@ class Regulator:
             return
         plan = self.controller.decide(frame.view)
         enforce.check(plan, frame.view)
-        enforced.plan, self.last_decision = plan, LastDecision(frame, plan)
-        if self.trace is not None:
-            enforced.decision = self._traced(frame, plan)
+        enforced.plan = plan
+        self.onlooker.planned(frame, plan, self.controller, self.steps + 1)
         enforced.groups = len(frame.view.tokens)
         if self.table.parallel_groups:
             enforce.apply(self.seam, frame, plan, enforced)
@@ -268,7 +252,6 @@ class Regulator:
             held=enforced.held,
             predicted_s=self.controller.latency.predict_load(load),
             planner_s=enforced.planner_s,
-            decision=enforced.decision,
             is_representative=not preempted(output),
         )
         if not self.table.parallel_groups:
@@ -280,15 +263,8 @@ class Regulator:
             step.budget_s = plan.budget_s
             step.slack_min_s = plan.slack_min_s
             step.externality_s = max(plan.externality_s, 0.0)
-            self._count_widths(plan)
-        elif not self.table.parallel_groups:
-            self.tally.serial(rows)
+        self.onlooker.scheduled(step, is_parallel=self.table.parallel_groups > 0)
         return step
-
-    def _count_widths(self, plan: Plan) -> None:
-        if self.last_decision is not None:
-            request = self.last_decision.frame.view.request
-            self.tally.widths(np.bincount(request[plan.run]))
 
     def _note_end(self, request_id: str, now_s: float) -> None:
         branch = self.table.branches.get(request_id)
@@ -299,17 +275,10 @@ class Regulator:
 
     def _end(self, request_id: str, now_s: float, *, is_whole: bool) -> None:
         branch = self.table.branches[request_id]
-        group = branch.group
         finished = self.table.end(request_id, now_s, is_whole=is_whole)
         if finished is not None:
             self._finished.append(finished)
-        if self.spans is not None:
-            self.spans.branch_ended(branch, now_s)
-        if not group.branches:
-            self.tally.closed(group, finished, now_s)
-            if self.spans is not None:
-                met = finished.met if finished is not None and finished.tokens > 1 else None
-                self.spans.closed(group, met, now_s)
+        self.onlooker.ended(branch, finished, now_s)
 
     def _note_tokens(self, engine_outputs: dict[int, Any], step: Step) -> None:
         if self.seam.spec_tokens and step.load.rows and not step.load.prefill_tokens:
@@ -317,27 +286,9 @@ class Regulator:
             rate = TOKENS_PER_ROW_RATE
             self._tokens_per_row += rate * (max(tokens / step.load.rows, 1.0) - self._tokens_per_row)
 
-    def _traced(self, frame: Frame, plan: Plan) -> Decision:
-        requests, branches = frame.columns.numbers
-        return Decision(
-            step=self.steps + 1,
-            policy=self.controller.in_force.name,
-            view=frame.view,
-            latency=self.controller.latency,
-            knobs=self.controller.knobs,
-            guidance=self.controller.guidance,
-            plan=plan,
-            requests=requests[np.unique(frame.columns.request[frame.branch])],
-            branches=branches[frame.branch],
-        )
-
     def _book(self, step: Step, now_s: float) -> None:
         self.window.add(step)
-        self.tally.step(step, now_s)
-        if self.trace is not None and step.decision is not None:
-            decided = replace(step.decision, measured_s=step.measured_s, ending=step.ending.value)
-            step.decision = None
-            self.trace.put(decided)
+        self.onlooker.updated(step, now_s)
         self.records.append(step.record())
         self.last_step = step
 
@@ -355,13 +306,3 @@ class Regulator:
 def _controller(profile: Profile | None, policy: Policy, knobs: Knobs) -> Controller:
     latency = profile.latency() if profile else UNCALIBRATED
     return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None)
-
-
-def _trace(config: ServerConfig, replica: int) -> TraceWriter | None:
-    """The trace of this replica: PATH for the first, PATH-N before the suffix for the others."""
-    if config.trace is None:
-        return None
-    path = Path(config.trace)
-    if replica:
-        path = path.with_name(f"{path.stem}-{replica}{path.suffix}")
-    return TraceWriter(path, max_bytes=config.trace_mib << 20)
