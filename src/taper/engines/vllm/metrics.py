@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
-from starlette.types import Receive, Scope, Send
 
 from taper.engines.vllm.watch import EnginesAway, Poll
 
@@ -22,8 +22,8 @@ ROLES = ("protected", "extra", "deferred", "held")
 Snapshot = Mapping[str, Any]
 
 
-class MetricsApp:
-    """ASGI application of `/metrics`: vLLM's registry first, then ours."""
+class Exposition:
+    """The text of `/metrics`: vLLM's registry first, then ours."""
 
     def __init__(self, registry: Any) -> None:
         self._registry = registry
@@ -35,12 +35,14 @@ class MetricsApp:
         """The engines are up."""
         self._poll, self._model, self._ranks = poll, model, ranks
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def text(self, accept: str) -> tuple[bytes, str]:
+        """(body, content type) in the format that a scraper's Accept header asks for."""
         ours = await self._ours()
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Fixed(self._registry.collect))
         registry.register(_Fixed(lambda: ours))
-        await make_asgi_app(registry)(scope, receive, send)
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
 
     async def _ours(self) -> list[Metric]:
         if self._poll is None:

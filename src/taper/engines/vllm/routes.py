@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from taper.config import ServerConfig
 from taper.engines.vllm import compat
-from taper.engines.vllm.metrics import MetricsApp
+from taper.engines.vllm.metrics import Exposition
 from taper.engines.vllm.page import PAGE, StaticFiles
 from taper.engines.vllm.watch import EnginesAway, LiveFeed, Poll
 
@@ -43,11 +43,11 @@ class TaperEndpoints:
         self._static = StaticFiles()
         self._feed = LiveFeed(self._call)
         self._server: dict[str, Any] = {}
-        self._metrics = MetricsApp(compat.prometheus_registry())
+        self._metrics = Exposition(compat.prometheus_registry())
 
     def attach_router(self, app: FastAPI) -> None:
         # A plain Route, and first: vLLM mounts its own /metrics, which would come before a route added later.
-        app.router.routes.insert(0, Route("/metrics", self._metrics))
+        app.router.routes.insert(0, Route("/metrics", self.metrics))
         app.add_api_route("/taper", self.page, methods=["GET"], include_in_schema=False)
         app.add_api_route("/taper/static/{name}", self.static, methods=["GET"], include_in_schema=False)
         app.add_api_route("/taper/live", self.live, methods=["GET"])
@@ -66,6 +66,10 @@ class TaperEndpoints:
                 "needs_key": bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")),
             }
             self._metrics.serve(Poll(lambda: self._call("taper_snapshot")), model=model, ranks=ranks)
+
+    async def metrics(self, request: Request) -> Response:
+        body, content_type = await self._metrics.text(request.headers.get("Accept", ""))
+        return Response(body, media_type=content_type)
 
     async def page(self) -> Response:
         return self._static.response(PAGE)
