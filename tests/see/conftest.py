@@ -11,7 +11,7 @@ import pytest
 from tests.see import browsing
 
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_page.py", "test_metrics.py", "test_trace.py", "test_live.py", "test_spans.py"]
+    collect_ignore_glob = [f"test_{name}.py" for name in ("page", "metrics", "trace", "live", "spans", "routes")]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ const lanes = new Lanes({ box: $("lanes"), space: $("lanes-space"), canvas: $("l
 const playground = new Playground(document);
 const charts = [
   new Chart({ title: "Step time", unit: " ms", digits: 1, series: [
-    { name: "longest", column: "step_max_s", colour: "finished", scale: 1000, area: true },
+    { name: "max", column: "step_max_s", colour: "finished", scale: 1000, area: true },
     { name: "mean", column: "step_s", colour: "protected", scale: 1000 },
     { name: "budget", column: "budget_s", colour: "deferred", scale: 1000, dash: true }] }),
   new Chart({ title: "Slack", unit: " ms", digits: 1, series: [

@@ -7,6 +7,7 @@ next question may be put, so that even a full house of open pages takes at most 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,8 @@ from taper.engines.vllm.tally import TIMELINE_S
 ENGINE_SHARE = 0.01  # of the engine's time that answers may take
 PERIOD_S = 0.3
 PATIENCE_S = 2.0  # an engine in a long step, or gone: what was known before is shown, with its age
+
+logger = logging.getLogger(__name__)
 
 Ask = Callable[..., Awaitable[list[Any]]]
 
@@ -35,6 +38,7 @@ class Poll:
         self._answered_s = 0.0
         self._answers: list[Any] | None = None
         self._flight: asyncio.Task[None] | None = None
+        self._failing = False
 
     async def latest(self) -> tuple[list[Any], float]:
         """(answers, their age in seconds). Raises `EnginesAway` while there are none."""
@@ -50,8 +54,11 @@ class Poll:
     async def _fly(self) -> None:
         try:
             answers = await self._ask()
-        except Exception:  # a dead engine, in whatever way vLLM says so: the age of the last answer shows it
+        except Exception as error:  # a dead engine, in whatever way vLLM says so: readers see the answer's age
             answers = None
+            if not self._failing:
+                logger.warning("the engines did not answer, later failures are not logged: %s", error)
+        self._failing = answers is None
         now_s = time.monotonic()
         self._next_s = now_s + self._period_s
         if answers is not None:
