@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -114,7 +115,8 @@ def frame(watch: Watch, *, width: int, height: int) -> RenderableType:
 def _head(watch: Watch) -> Text:
     line = Text("TAPER ", style="bold")
     if watch.state is not None:
-        line.append(f"{watch.state['server']['model']}  ", style="bright_black")
+        model = str(watch.state["server"]["model"])
+        line.append(f"{Path(model).name if model.startswith('/') else model}  ", style="bright_black")
     line.append(f"{watch.url}  ", style="bright_black")
     if watch.trouble is None:
         line.append("● live", style="green")
@@ -154,7 +156,7 @@ def _figures(engine: Mapping[str, Any]) -> Text:
         f"\nattainment {_percent(recent['attainment'])} (serial {_percent(recent['attainment_serial'])},"
         f" branching {_percent(recent['attainment_branching'])})"
         f"   goodput {recent['goodput_tok_s']:.0f} tok/s, raw {recent['raw_tok_s']:.0f}"
-        f"   first token {_seconds(recent['ttft_p50_s'])}, 95 % {_seconds(recent['ttft_p95_s'])}"
+        f"\nfirst token {_seconds(recent['ttft_p50_s'])}, 95 % {_seconds(recent['ttft_p95_s'])}"
     )
     if step is not None:
         line.append(
@@ -179,14 +181,14 @@ def _legend(engine: Mapping[str, Any]) -> Text:
 def _lanes(engine: Mapping[str, Any], *, width: int, most: int) -> Iterable[Text]:
     """Branching requests first, oldest first."""
     found = sorted(engine["lanes"], key=lambda lane: (lane["branches"] + lane["finished"] < 2, lane["number"]))
-    room = max(width - 26, 4)
+    room = max(width - 29, 4)
     for lane in found[:most]:
         line = Text(f"#{lane['number']:<7}", style="bright_black", no_wrap=True)
         cells = [FINISHED] * lane["finished"] + [ROLES[role] for role in lane["roles"]]
         for glyph, style in cells[:room]:
             line.append(glyph, style=style)
         line.append(" " * (room - min(len(cells), room)))
-        line.append(f"{lane['tokens']:>8} ")
+        line.append(f"{lane['tokens']:>7} tok ", style="bright_black")
         credit_s = lane["credit_s"]
         if credit_s is not None:
             line.append(f"{credit_s:>+7.1f} s", style="red" if credit_s < 0 else "green")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from taper.engines.vllm.spans import Spans, spans_for
 from tests.vllm import harness
@@ -19,8 +16,12 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def traced(request, monkeypatch, tmp_path):
     """(driver, exporter)"""
-    driver, exporter, provider = harness.make(monkeypatch, tmp_path, is_async=request.param), None, TracerProvider()
-    exporter = InMemorySpanExporter()
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")  # vLLM brings it, and traces only with it
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    driver = harness.make(monkeypatch, tmp_path, is_async=request.param)
+    exporter, provider = InMemorySpanExporter(), sdk.TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     driver.taper.onlooker.spans = Spans(provider.get_tracer("taper"), driver.taper.clock)
     return driver, exporter

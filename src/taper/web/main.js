@@ -82,7 +82,7 @@ function status(text, isLive) {
 }
 
 function server(facts) {
-  $("model").textContent = facts.model;
+  $("model").textContent = facts.model.startsWith("/") ? facts.model.split("/").at(-1) : facts.model;
   $("model").title = facts.model;
   playground.model = facts.model;
   document.querySelectorAll(".key").forEach((box) => { box.hidden = !facts.needs_key; });
