@@ -118,10 +118,11 @@ def test_the_registry_of_several_processes_is_vllms(monkeypatch, tmp_path):
     assert compat.prometheus_registry() is not REGISTRY
 
 
-def test_scrapers_ask_for_their_format(drivers):
-    (response,) = scrape(Core(*drivers), headers={"Accept": "application/openmetrics-text; version=1.0.0"})
-    assert response.headers["content-type"].startswith("application/openmetrics-text")
-    assert response.text.endswith("# EOF\n")
+def test_names_keep_their_colon_for_scrapers_that_prefer_openmetrics(drivers):
+    (response,) = scrape(Core(*drivers), headers={"Accept": "application/openmetrics-text; version=1.0.0, text/plain"})
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "\ntaper:num_groups{" in response.text
+    assert "taper_" not in response.text
 
 
 def test_a_replica_without_tapers_scheduler_has_no_figures():

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 from taper.engines.vllm.watch import EnginesAway, Poll
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS = ("model_name", "engine")
 ROLES = ("protected", "extra", "deferred", "held")
 Snapshot = Mapping[str, Any]
@@ -35,14 +35,17 @@ class Exposition:
         """The engines are up."""
         self._poll, self._model, self._ranks = poll, model, ranks
 
-    async def text(self, accept: str) -> tuple[bytes, str]:
-        """(body, content type) in the format that a scraper's Accept header asks for."""
+    async def text(self) -> bytes:
+        """In the classic text format, which every scraper reads.
+
+        Not in OpenMetrics, though Prometheus would rather have it: prometheus_client writes the colon of a
+        sample's name as an underscore there, so that `taper:` and `vllm:` names would not be found.
+        """
         ours = await self._ours()
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Fixed(self._registry.collect))
         registry.register(_Fixed(lambda: ours))
-        encode, content_type = choose_encoder(accept)
-        return encode(registry), content_type
+        return generate_latest(registry)
 
     async def _ours(self) -> list[Metric]:
         if self._poll is None:

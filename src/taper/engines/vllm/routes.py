@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from taper.config import ServerConfig
 from taper.engines.vllm import compat
-from taper.engines.vllm.metrics import Exposition
+from taper.engines.vllm.metrics import CONTENT_TYPE, Exposition
 from taper.engines.vllm.page import PAGE, StaticFiles
 from taper.engines.vllm.watch import EnginesAway, LiveFeed, Poll
 
@@ -68,8 +68,7 @@ class TaperEndpoints:
             self._metrics.serve(Poll(lambda: self._call("taper_snapshot")), model=model, ranks=ranks)
 
     async def metrics(self, request: Request) -> Response:
-        body, content_type = await self._metrics.text(request.headers.get("Accept", ""))
-        return Response(body, media_type=content_type)
+        return Response(await self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def page(self) -> Response:
         return self._static.response(PAGE)
