@@ -26,6 +26,7 @@ test-fast: setup ## the tests that start no engine
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check -q .
 	@$(BIN)/mypy
 
 format: setup ## let ruff rewrite the code

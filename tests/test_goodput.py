@@ -187,9 +187,7 @@ def test_nothing_to_summarize() -> None:
 
 
 def test_spread_over_rounds() -> None:
-    assert spread([3.0, None, 1.0, 2.0, 10.0]) == Spread(
-        median=2.5, low=1.0, high=10.0, q1=1.75, q3=4.75, n=4
-    )
+    assert spread([3.0, None, 1.0, 2.0, 10.0]) == Spread(median=2.5, low=1.0, high=10.0, q1=1.75, q3=4.75, n=4)
     assert spread([None]) is None
 
 

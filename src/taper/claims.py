@@ -52,9 +52,7 @@ def parse_claims(extra_args: Mapping[str, object] | None, limits: ClaimLimits, d
             slo = replace(slo, **{target: _slo_s(name, extra[name], getattr(default_slo, target), limits)})
     priority = 0.0
     if "taper_priority" in extra:
-        priority = check_range(
-            "taper_priority", extra["taper_priority"], low=-1000, high=limits.max_priority, unit=""
-        )
+        priority = check_range("taper_priority", extra["taper_priority"], low=-1000, high=limits.max_priority, unit="")
     return Claims(group=_group(extra.get("taper_group")), slo=slo, priority=priority)
 
 

@@ -14,8 +14,10 @@ import click
 from rich.console import Console
 
 from taper import __version__
+from taper.bench_commands import bench, report
 from taper.config import ServerConfig, resolve_policy, settings
 from taper.core.types import ConfigError, Knobs, Slo, check_range
+from taper.sim_commands import simulate
 
 USAGE_STATUS = 2
 MS_PER_S = 1000.0
@@ -296,6 +298,11 @@ def demo(
         profile_path=profile_path,
     )
     run_demo(options, Console())
+
+
+cli.add_command(bench)
+cli.add_command(report)
+cli.add_command(simulate)
 
 
 def _config(

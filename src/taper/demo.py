@@ -40,6 +40,7 @@ from taper.model import embedded_model
 from taper.profile import cache_dir
 from taper.workload.mix import Mix
 from taper.workload.regime import contended
+from taper.workload.source import Synthetic
 
 POLICIES = ("off", "eager", "taper")
 _SERVED_NAME = "demo"
@@ -132,7 +133,9 @@ def _readable(console: Console) -> Console:
 
 
 def _campaign(options: DemoOptions, law: LinearLatency) -> Campaign:
-    regime = contended(law, mix=options.mix, fill=options.fill, slo_between=options.slo_between, load=options.load)
+    regime = contended(
+        law, source=Synthetic(mix=options.mix), fill=options.fill, slo_between=options.slo_between, load=options.load
+    )
     return Campaign(
         regime=regime,
         policies=tuple(options.policies),
@@ -159,12 +162,9 @@ async def _measure(
 
 
 def _announce(campaign: Campaign, scale: float, console: Console) -> None:
-    regime, mix = campaign.regime, campaign.regime.mix
+    regime = campaign.regime
     for line in (
-        f"load: {regime.rate_rps:.2f} requests/s (Poisson), {mix.branching_share:.0%} branch"
-        f" {mix.fan_out[0]}-{mix.fan_out[1]} ways with {mix.branch_tokens[0]}-{mix.branch_tokens[1]} tokens each,"
-        f" the others are chats of {mix.serial_tokens[0]}-{mix.serial_tokens[1]} tokens;"
-        f" seed {campaign.seed}",
+        f"load: {regime.rate_rps:.2f} requests/s (Poisson), {regime.source.describe()}; seed {campaign.seed}",
         f"SLO: {regime.slo.tpot_s * 1e3:.1f} ms of effective TPOT; TTFT is reported, not judged",
         f"regime: {regime.reason}; steps under load take {scale:.2f} x the calibrated law",
         f"plan: {campaign.rounds} rounds of {', '.join(campaign.policies)}; each window"
@@ -200,5 +200,5 @@ def _show(campaign: Campaign, findings: Findings, verdict: Verdict, took_s: floa
 
 
 def _client_share(findings: Findings) -> float:
-    shares = [run.cpu.client for run in findings.runs if run.cpu is not None]
+    shares = [run.engine.client_cpu for run in findings.runs if run.engine.client_cpu is not None]
     return sum(shares) / len(shares) if shares else float("nan")

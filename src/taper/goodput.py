@@ -20,6 +20,7 @@ tail alone would flatter wide policies against narrow ones.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -156,12 +157,15 @@ def summarize(records: Iterable[RequestRecord], window: Window | None = None) ->
 
 def victims_of(records: Sequence[RequestRecord]) -> list[RequestRecord]:
     """Serial requests in service at the same time as some branching one."""
-    branching = [(one.sent_s, one.ended_s) for one in records if one.kind == "branching"]
-    return [
-        one
-        for one in records
-        if one.kind == "serial" and any(one.sent_s < end and start < one.ended_s for start, end in branching)
-    ]
+    branching = [one for one in records if one.kind == "branching"]
+    starts_s = sorted(one.sent_s for one in branching)
+    ends_s = sorted(one.ended_s for one in branching)
+
+    def overlaps(one: RequestRecord) -> bool:
+        """More of them began before its end than were over by its beginning."""
+        return bisect_left(starts_s, one.ended_s) > bisect_right(ends_s, one.sent_s)
+
+    return [one for one in records if one.kind == "serial" and overlaps(one)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,12 +33,13 @@ class RecordError(ValueError):
 class ChoiceRecord:
     """One branch as the client saw it. A branch without a token has no record."""
 
-    index: int
+    index: int  # over all branches of the request
     tokens: int
     first_token_s: float
     last_token_s: float
     gaps_ms: tuple[float, ...] = ()  # between consecutive chunks; a chunk may carry several tokens
     finish_reason: str | None = None
+    stage: int = 0  # of a request that forks and joins on its way
 
     @property
     def itl_p99_s(self) -> float | None:
@@ -62,7 +63,7 @@ class RequestRecord:
     seed: int
     index: int  # (seed, index) reproduces the request
     kind: Kind
-    branches: int
+    branches: int  # of the widest stage
     prompt_tokens: int  # 0 where the server did not say
     scheduled_s: float  # planned arrival
     sent_s: float  # when it left the client; later than planned where the client bounds concurrency
@@ -71,6 +72,7 @@ class RequestRecord:
     ttft_slo_s: float | None = None  # None: time to first token is reported, not judged
     choices: tuple[ChoiceRecord, ...] = ()
     error: str | None = None  # cause, when the request failed or timed out
+    window: str = ""  # of a sweep: which of its windows, and which try at it
     schema: Literal["taper.request/1"] = REQUEST_SCHEMA  # type: ignore[assignment]
 
     @property
@@ -132,6 +134,7 @@ class StepRecord:
     ending: str | None
     planner_s: float | None
     padded_rows: int | None = None
+    window: str = ""  # of a sweep, filled in by whoever collects the records
     schema: Literal["taper.step/1"] = STEP_SCHEMA  # type: ignore[assignment]
 
 

@@ -64,6 +64,8 @@ class FakeEngine:
             now_s = asyncio.get_running_loop().time()
             step = {"time_s": now_s - 0.05, "rows": 4, "extra": 1, "deferred": 2, "measured_s": 0.02}
             return 200, {"engines": [[step, {**step, "time_s": now_s - 1e6}]]}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "m", "max_model_len": 512}]}
         return 200, {"engines": [self.snapshot()]}
 
 
@@ -96,7 +98,7 @@ async def _exchange(engine: FakeEngine, reader: asyncio.StreamReader, writer: as
         0,
     )
     body = json.loads(await reader.readexactly(length)) if length else {}
-    if path != "/v1/chat/completions":
+    if path not in ("/v1/chat/completions", "/v1/completions"):
         await _answer(writer, *await engine.control(method, path, body))
         return True
     engine.requests.append(body)

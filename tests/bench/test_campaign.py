@@ -22,13 +22,20 @@ from taper.bench.table import comparison
 from taper.bench.verdict import judge
 from taper.core.types import ConfigError, Slo
 from taper.records import request_file
-from taper.workload.mix import Mix
-from taper.workload.regime import Regime
+from taper.workload import Branching, Lengths, Mix, Regime, Synthetic
 from tests.bench.server import FakeEngine, serving
 
 REGIME = Regime(
     name="t",
-    mix=Mix(branching_share=0.5, fan_out=(2, 3), serial_tokens=(5, 10), branch_tokens=(5, 10)),
+    source=Synthetic(
+        mix=Mix(
+            branching_share=0.5,
+            serial=Lengths(low=5, high=10),
+            branching=Branching(
+                at_arrival=True, equal=True, fanout=Lengths(low=2, high=3), branch=Lengths(low=5, high=10)
+            ),
+        )
+    ),
     rate_rps=30.0,
     max_concurrency=8,
     slo=Slo(tpot_s=5.0),

@@ -9,19 +9,28 @@ from collections.abc import AsyncIterator
 import pytest
 
 from taper.bench.client import LoadClient, Sending, is_loopback
+from taper.bench.dialogue import DialogueName
 from taper.core.types import Slo
 from taper.records import RequestRecord
-from taper.workload.mix import RequestSpec
-from tests.bench.server import Body, FakeEngine, event, serving, token
+from taper.workload import Request
+from taper.workload.prompts import prompt_ids
+from tests.bench.server import Body, FakeEngine, event, serving, steady, token
 
-SPEC = RequestSpec(seed=3, index=7, kind="branching", branches=3, max_tokens=4, prompt="Hello")
+SPEC = Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=20, stages=((4, 4, 4),))
 
 
-def run(engine: FakeEngine, *, timeout_s: float = 60.0, vllm: bool = True) -> RequestRecord:
+def run(
+    engine: FakeEngine,
+    *,
+    timeout_s: float = 60.0,
+    vllm: bool = True,
+    request: Request = SPEC,
+    dialogue: DialogueName = "chat",
+) -> RequestRecord:
     async def session() -> RequestRecord:
         async with (
             serving(engine) as url,
-            LoadClient(base_url=f"{url}/v1", model="m", vllm_extensions=vllm) as client,
+            LoadClient(base_url=f"{url}/v1", model="m", vllm_extensions=vllm, dialogue=dialogue) as client,
         ):
             now_s = time.monotonic()
             sending = Sending(
@@ -31,8 +40,9 @@ def run(engine: FakeEngine, *, timeout_s: float = 60.0, vllm: bool = True) -> Re
                 scheduled_s=now_s - 1.0,
                 deadline_s=now_s + timeout_s,
                 cache_salt="salt",
+                claim_slo=request.slo_factor != 1.0,
             )
-            return await client.run(SPEC, sending)
+            return await client.run(request, sending)
 
     return asyncio.run(session())
 
@@ -65,7 +75,6 @@ def test_a_request_and_its_record() -> None:
         "ignore_eos": True,
         "stream": True,
         "cache_salt": "salt",
-        "messages": [{"role": "user", "content": "Hello"}],
     }
     assert {key: body[key] for key in wanted} == wanted
 
@@ -149,3 +158,71 @@ def test_nobody_listens() -> None:
 )
 def test_loopback(url: str, local: bool) -> None:
     assert is_loopback(url) is local
+
+
+STAGED = Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=20, stages=((2,), (3, 5), (4,)), slo_factor=2.0)
+
+
+@pytest.mark.parametrize("dialogue", ["tokens", "chat"])
+def test_stages_are_played_one_after_the_other_as_one_group(dialogue: DialogueName) -> None:
+    engine = FakeEngine()
+    record = run(engine, request=STAGED, dialogue=dialogue)
+    assert record.error is None
+    assert [(choice.index, choice.stage, choice.tokens) for choice in record.choices] == [
+        (0, 0, 2),
+        (1, 1, 3),
+        (2, 1, 5),
+        (3, 2, 4),
+    ]
+    assert (record.branches, record.kind, record.tpot_slo_s) == (2, "branching", 0.1)
+    assert [(body["n"], body["max_tokens"]) for body in engine.requests] == [(1, 2), (1, 3), (1, 5), (1, 4)]
+    (claims,) = {tuple(sorted(body["vllm_xargs"].items())) for body in engine.requests}
+    assert claims == (("taper_group", "taper-salt-7"), ("taper_tpot_slo_ms", 100.0))
+
+
+def test_a_fork_shares_its_prefix_and_a_join_takes_the_longest_branch_first() -> None:
+    engine = FakeEngine()
+    run(engine, request=STAGED, dialogue="tokens")
+    first, short, long, last = (body["prompt"] for body in engine.requests)
+    assert first == prompt_ids(STAGED)
+    assert short == [*first, 0, 1, 1000]  # the fake engine says 0, 1, 2, ...; then the header of branch 0
+    assert long == [*first, 0, 1, 1001]
+    assert last == [*long, 0, 1, 2, 3, 4, 1000, 0, 1, 2]
+
+
+def test_an_arrival_fork_of_unequal_branches_is_a_call_per_branch() -> None:
+    engine = FakeEngine()
+    request = Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=5, stages=((2, 3),))
+    assert run(engine, request=request, dialogue="tokens").tokens == 5
+    assert [body["n"] for body in engine.requests] == [1, 1]
+    assert {body["vllm_xargs"]["taper_group"] for body in engine.requests} == {"taper-salt-7"}
+
+
+def test_a_fork_of_equal_branches_at_arrival_is_joined_too() -> None:
+    engine = FakeEngine()
+    request = Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=5, stages=((2, 2), (1,)))
+    assert run(engine, request=request, dialogue="tokens").error is None
+    assert engine.requests[1]["prompt"] == [*prompt_ids(request), 0, 1, 0, 1]
+
+
+async def second_call_fails(body: Body) -> AsyncIterator[bytes]:
+    if len(body["prompt"]) > STAGED.prompt_tokens:
+        yield event({"error": {"message": "engine dead"}})
+        return
+    async for data in steady(body):
+        yield data
+
+
+def test_a_stage_that_fails_ends_the_request_and_keeps_what_came() -> None:
+    record = run(FakeEngine(script=second_call_fails), request=STAGED, dialogue="tokens")
+    assert record.error == "stream: engine dead"
+    assert [(choice.stage, choice.tokens) for choice in record.choices] == [(0, 2)]
+
+
+async def without_ids(body: Body) -> AsyncIterator[bytes]:
+    yield event({"choices": [{"index": 0, "text": "word", "finish_reason": "length"}]})
+
+
+def test_a_token_dialogue_needs_token_ids() -> None:
+    record = run(FakeEngine(script=without_ids), request=STAGED, dialogue="tokens")
+    assert record.error == "stream: the server sends no token ids to go on from; use the chat dialogue"

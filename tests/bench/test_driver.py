@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from taper.bench.client import LoadClient
 from taper.bench.driver import Progress, WindowPlan, WindowResult, run_window
 from taper.core.types import Slo
-from taper.workload.arrivals import arrival_times
-from taper.workload.mix import Mix, schedule
-from taper.workload.regime import Regime
+from taper.workload import Arrivals, Branching, Lengths, Mix, Regime, Synthetic
 from tests.bench.server import Body, FakeEngine, serving, steady
 
-MIX = Mix(branching_share=0.5, fan_out=(2, 3), serial_tokens=(5, 10), branch_tokens=(5, 10))
+SOURCE = Synthetic(
+    arrivals=Arrivals(cv=0.0),
+    mix=Mix(
+        branching_share=0.5,
+        serial=Lengths(low=5, high=10),
+        branching=Branching(at_arrival=True, equal=True, fanout=Lengths(low=2, high=3), branch=Lengths(low=5, high=10)),
+    ),
+)
 
 
 def drive(
@@ -25,9 +31,11 @@ def drive(
     concurrency: int,
     plan: WindowPlan,
     progress: Progress | None = None,
+    slo_classes: tuple[tuple[float, float], ...] = (),
 ) -> WindowResult:
-    regime = Regime(name="t", mix=MIX, rate_rps=rate_rps, max_concurrency=concurrency, slo=Slo(tpot_s=0.5))
-    planned = schedule(MIX, arrival_times(seed=5, rate_rps=rate_rps, cv=0.0, horizon_s=plan.load_s), seed=5)
+    source = replace(SOURCE, mix=replace(SOURCE.mix, slo_classes=slo_classes))
+    regime = Regime(name="t", source=source, rate_rps=rate_rps, max_concurrency=concurrency, slo=Slo(tpot_s=0.5))
+    planned = tuple(source.requests(seed=5, rate_rps=rate_rps, horizon_s=plan.load_s))
 
     async def session() -> WindowResult:
         async with serving(engine) as url, LoadClient(base_url=f"{url}/v1", model="m") as client:
@@ -82,3 +90,13 @@ def test_what_does_not_finish_in_the_drain_is_a_time_out() -> None:
     result = drive(FakeEngine(script=never), rate_rps=10.0, concurrency=10, plan=plan)
     assert [str(record.error)[:8] for record in result.records] == ["time-out", "time-out"]
     assert result.drained_s >= 0.29
+
+
+@pytest.mark.parametrize(("classes", "claimed"), [((), {None}), (((0.5, 2.0),), {500.0, 1000.0})])
+def test_slos_are_claimed_where_they_differ(
+    classes: tuple[tuple[float, float], ...], claimed: set[float | None]
+) -> None:
+    engine = FakeEngine()
+    plan = WindowPlan(ramp_s=0.0, measure_s=0.4, drain_s=20.0)
+    drive(engine, rate_rps=40.0, concurrency=16, plan=plan, slo_classes=classes)
+    assert {body.get("vllm_xargs", {}).get("taper_tpot_slo_ms") for body in engine.requests} == claimed

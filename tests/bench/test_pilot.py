@@ -14,8 +14,7 @@ from taper.bench.pilot import measured_scale, scale_of
 from taper.core.latency import LinearLatency
 from taper.core.types import Slo
 from taper.goodput import Window
-from taper.workload.mix import Mix
-from taper.workload.regime import Regime
+from taper.workload import Regime, Synthetic
 from tests.bench.server import FakeEngine, serving
 
 LAW = LinearLatency(base_s=0.010, row_s=0.001, context_s=0.0, prefill_s=0.0)
@@ -39,7 +38,7 @@ def test_a_handful_of_steps_says_nothing() -> None:
 
 
 def test_a_server_that_refuses_everything_is_found_out_early() -> None:
-    regime = Regime(name="t", mix=Mix(), rate_rps=5.0, max_concurrency=4, slo=Slo())
+    regime = Regime(name="t", source=Synthetic(), rate_rps=5.0, max_concurrency=4, slo=Slo())
     campaign = Campaign(regime=regime, policies=("off",), rounds=1, seed=0, plan=WindowPlan())
 
     async def session() -> float:

@@ -6,26 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from taper.bench.machine import CpuShare
-from taper.bench.result import EngineStats, RunResult, over_rounds, ratio_over_rounds
+from taper.bench.result import over_rounds, ratio_over_rounds
 from taper.bench.table import cell
 from taper.bench.verdict import judge
 from taper.core.types import Slo
 from taper.goodput import Spread, Window, summarize
+from taper.results import Conditions, EngineStats, Run
 
 EMPTY = summarize([], Window(start_s=0.0, end_s=1.0))
 SLO = Slo(tpot_s=0.03)
 
 
-def run(policy: str, round_: int, goodput: float, attainment: float, step_s: float) -> RunResult:
-    return RunResult(
-        policy=policy,
-        round=round_,
+def run(policy: str, round_: int, goodput: float, attainment: float, step_s: float) -> Run:
+    return Run(
+        conditions=Conditions(policy=policy, round=round_),
         summary=replace(EMPTY, goodput_tok_s=goodput, attainment=attainment),
-        engine=EngineStats(step_mean_s=step_s, fallbacks=0),
-        cpu=CpuShare(busy=0.9, foreign=0.01, client=0.05),
-        unserved=0,
-        drained_s=1.0,
+        engine=EngineStats(step_mean_s=step_s, fallbacks=0, foreign_cpu=0.01, client_cpu=0.05),
     )
 
 
@@ -81,8 +77,7 @@ def test_disturbances_are_noted() -> None:
     errors = replace(
         GOOD[0],
         summary=replace(GOOD[0].summary, misses_error=2),
-        cpu=CpuShare(busy=1.0, foreign=0.3, client=0.05),
-        engine=replace(GOOD[0].engine, fallbacks=4),
+        engine=replace(GOOD[0].engine, fallbacks=4, foreign_cpu=0.3),
     )
     notes = judge([errors, *GOOD[1:]], SLO).notes
     assert len(notes) == 3

@@ -8,7 +8,7 @@ from tests.core.views import Req, branching, make_view, serial
 
 # 10 ms + 1 ms per row: every predicted time below can be checked in the head.
 LAW = LinearLatency(base_s=0.010, row_s=0.001, context_s=0.0, prefill_s=0.0005)
-NEUTRAL = Knobs(margin=0.0, reserve_slos=0.0, prefill_floor_tokens=8, throughput_floor=0)
+NEUTRAL = Knobs(margin=0.0, prefill_floor_tokens=8, throughput_floor=0)
 LEARNED = Guidance(margin=0.0, mean_output_tokens=100.0)
 
 
@@ -121,7 +121,8 @@ def test_prefill_takes_what_decode_slack_leaves_but_never_less_than_its_floor():
     assert plan.prefill_limit_tokens == 76
     assert plan.load.prefill_tokens == 76
     assert widths(view, plan) == [1, 1, 1]
-    late = make_view(serial(tokens=10, first_token_s=-1.2), fork, waiting)  # 750 ms in debt: nothing to spare
+    # 7 s in debt, repaid over the 190 tokens taken to be left: 50 - 38 = 12 ms, and nothing to spare.
+    late = make_view(serial(tokens=10, first_token_s=-7.6), fork, waiting)
     assert plan_of("taper", late).prefill_limit_tokens == 200 // 16
     assert plan_of("taper", make_view(serial(tokens=1), waiting)).prefill_limit_tokens is None
 

@@ -5,7 +5,12 @@ from taper.core import slack
 from taper.core.types import Knobs
 from tests.core.views import branching, make_view, serial
 
-KNOBS = Knobs(reserve_slos=1.0, bank_slos=64, horizon_steps=16, margin=0.0)
+KNOBS = Knobs(bank_slos=64, horizon_steps=16, margin=0.0, lookahead_tokens=32)
+
+
+def allowed(view, live, *, margin=0.0, remaining=100.0):
+    credit, live = slack.credit_s(view), np.array(live)
+    return slack.allowed_s(view, credit, live, np.full(len(live), remaining), knobs=KNOBS, margin=margin)
 
 
 def test_credit_is_slo_per_token_minus_wall_time():
@@ -25,34 +30,40 @@ def test_credit_counts_tokens_of_every_branch():
 
 def test_allowed_step_at_zero_credit_is_the_slo_times_width():
     view = make_view(serial(tokens=1), branching(4, tokens=1))
-    allowed = slack.allowed_s(view, slack.credit_s(view), np.array([1, 4]), knobs=KNOBS, margin=0.0)
-    assert allowed == pytest.approx([0.05, 4 * 0.05])
+    assert allowed(view, [1, 4]) == pytest.approx([0.05, 4 * 0.05])
 
 
-def test_the_reserve_is_neither_spent_nor_owed_and_debt_is_worked_off():
-    inside, beyond, debt = serial(tokens=2), serial(tokens=4), serial(tokens=1, first_token_s=-0.16)
-    view = make_view(inside, beyond, debt, now_s=0.01)
-    allowed = slack.allowed_s(view, slack.credit_s(view), np.array([1, 1, 1]), knobs=KNOBS, margin=0.0)
-    assert allowed == pytest.approx([0.05, 0.05 + (0.14 - 0.05) / 16, 0.05 - 0.17 / 16])
+def test_credit_is_spent_over_the_horizon():
+    view = make_view(serial(tokens=4), now_s=0.01)
+    assert allowed(view, [1]) == pytest.approx([0.05 + 0.14 / 16])
+
+
+def test_debt_is_repaid_over_the_steps_a_request_has_left_but_not_within_the_horizon():
+    view = make_view(*[branching(4, tokens=1, first_token_s=-1.0)] * 3)
+    assert allowed(view, [4, 4, 4], remaining=200.0) == pytest.approx([4 * 0.05 - 1.0 / 50] * 3)
+    assert allowed(view, [4, 4, 4], remaining=8.0) == pytest.approx([4 * 0.05 - 1.0 / 16] * 3)
+
+
+def test_remaining_is_up_to_twice_the_usual_length_but_never_less_than_the_lookahead():
+    view = make_view(serial(tokens=50), serial(tokens=190))
+    remaining = slack.remaining_tokens(view, knobs=KNOBS, mean_output_tokens=100.0)
+    assert remaining.tolist() == [150.0, 32.0]
 
 
 def test_credit_beyond_the_bank_buys_nothing():
     view = make_view(serial(tokens=1001), serial(tokens=100_001))
-    allowed = slack.allowed_s(view, slack.credit_s(view), np.array([1, 1]), knobs=KNOBS, margin=0.0)
-    assert allowed == pytest.approx([0.05 + 64 * 0.05 / 16] * 2)
+    assert allowed(view, [1, 1]) == pytest.approx([0.05 + 64 * 0.05 / 16] * 2)
 
 
 def test_margin_shortens_what_the_slo_allows_and_not_the_credit():
     view = make_view(serial(tokens=41), now_s=1.0)  # 1 s in credit
-    allowed = slack.allowed_s(view, slack.credit_s(view), np.array([1]), knobs=KNOBS, margin=0.1)
-    assert allowed == pytest.approx([0.05 * 0.9 + (1.0 - 0.05) / 16])
+    assert allowed(view, [1], margin=0.1) == pytest.approx([0.05 * 0.9 + 1.0 / 16])
 
 
 def test_speculative_tokens_lengthen_the_step_a_row_allows():
     view = make_view(serial(tokens=1))
     object.__setattr__(view, "tokens_per_row", 2.5)
-    allowed = slack.allowed_s(view, slack.credit_s(view), np.array([1]), knobs=KNOBS, margin=0.0)
-    assert allowed == pytest.approx([0.05 * 2.5])
+    assert allowed(view, [1]) == pytest.approx([0.05 * 2.5])
 
 
 def test_hopeless_needs_debt_that_no_remaining_token_repays():

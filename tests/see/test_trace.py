@@ -90,6 +90,13 @@ def test_lines_hold_everything(record):
     assert all(math.isfinite(one.measured_s) for one in decisions)
 
 
+def test_an_infinite_floor_survives(record):
+    decision = next(read_trace(record()))
+    without_bound = replace(decision, guidance=replace(decision.guidance, floor_s=math.inf))
+    again = parse(dump(without_bound), where="x")
+    assert again.guidance == without_bound.guidance
+
+
 def test_it_is_bounded_and_rotates(record, tmp_path):
     decisions = list(read_trace(record()))
     path = tmp_path / "small.jsonl"

@@ -1,7 +1,8 @@
 import pytest
 
 from taper.core.types import ConfigError, StepLoad
-from taper.sim.cost import HARDWARE, Disturbance, Hardware, StepCost, hardware
+from taper.sim.cost import Disturbance, StepCost
+from taper.sim.hardware import HARDWARE, Hardware, hardware
 
 MACHINE = Hardware(name="m", base_s=10.0, row_s=1.0, context_s=0.5, prefill_s=2.0, noise=0.0)
 

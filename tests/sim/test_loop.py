@@ -7,11 +7,13 @@ import pytest
 
 from taper.core.controller import Controller
 from taper.core.policies import resolve
-from taper.core.types import Knobs, Plan, StepLoad, StepOutcome, StepView
+from taper.core.types import Knobs, Plan, Slo, StepLoad, StepOutcome, StepView
 from taper.records import RequestRecord
-from taper.sim.cost import Disturbance, Hardware, StepCost
-from taper.sim.loop import Engine, Simulation, Trace
-from taper.sim.workload import Arrivals, Lengths, Mix, Request, generate
+from taper.sim.cost import Disturbance, StepCost
+from taper.sim.hardware import Hardware
+from taper.sim.loop import Engine, Simulation
+from taper.sim.trace import Trace
+from taper.workload import Branching, Lengths, Mix, Request, Synthetic
 
 MACHINE = Hardware(
     name="m", base_s=10.0, row_s=1.0, context_s=0.0, prefill_s=2.0, max_batched_tokens=8, max_rows=64, noise=0.0
@@ -19,7 +21,7 @@ MACHINE = Hardware(
 
 
 def request(*stages: tuple[int, ...], at: float = 0.0, prompt: int = 4) -> Request:
-    return Request(arrival_s=at, prompt_tokens=prompt, stages=stages, tpot_slo_s=50.0, ttft_slo_s=100.0)
+    return Request(seed=0, index=0, arrival_s=at, prompt_tokens=prompt, stages=stages)
 
 
 def run(
@@ -28,6 +30,7 @@ def run(
     machine: Hardware = MACHINE,
     engine: Engine | None = None,
     duration_s: float = 1e6,
+    slo_s: float = 50.0,
     controller: Controller | None = None,
 ) -> Trace:
     return Simulation(
@@ -35,7 +38,8 @@ def run(
         machine=machine,
         cost=StepCost(machine, Disturbance(), duration_s=duration_s, seed=0),
         engine=engine or Engine(fork_prefill_tokens=1),
-        requests=requests,
+        slo=Slo(tpot_s=slo_s, ttft_s=100.0),
+        requests=[replace(one, index=index) for index, one in enumerate(requests)],
         duration_s=duration_s,
     ).run()
 
@@ -46,7 +50,7 @@ def times(record: RequestRecord) -> list[tuple[float, float, int]]:
 
 def test_one_serial_request() -> None:
     trace = run(request((3,), at=5.0))
-    assert trace.step_s == [18.0, 11.0, 11.0]  # the prompt, then two more tokens
+    assert list(trace.step_s) == [18.0, 11.0, 11.0]  # the prompt, then two more tokens
     (record,) = trace.records
     assert (record.scheduled_s, record.sent_s, record.ended_s) == (5.0, 5.0, 45.0)
     assert times(record) == [(23.0, 45.0, 3)]
@@ -55,13 +59,13 @@ def test_one_serial_request() -> None:
 
 def test_context_is_what_the_row_reads() -> None:
     trace = run(request((3,)), machine=replace(MACHINE, context_s=1.0))
-    assert trace.step_s == [18.0, 11.0 + 5, 11.0 + 6]
+    assert list(trace.step_s) == [18.0, 11.0 + 5, 11.0 + 6]
 
 
 def test_a_prompt_beyond_the_step_comes_in_chunks() -> None:
     trace = run(request((1,), prompt=20))
-    assert trace.prefill_tokens == [8, 8, 4]
-    assert trace.rows == [0, 0, 0]
+    assert list(trace.prefill_tokens) == [8, 8, 4]
+    assert list(trace.rows) == [0, 0, 0]
 
 
 def test_prompt_tokens_share_the_step_with_decode_rows() -> None:
@@ -73,7 +77,7 @@ def test_eager_runs_all_branches_of_an_arrival_fork_once_the_prompt_is_there() -
     trace = run(request((3, 3, 2)))
     # prompt and first token of the first branch; it goes on while its siblings compute their one-token tails
     assert list(zip(trace.rows, trace.prefill_tokens, strict=True)) == [(0, 4), (1, 2), (3, 0), (1, 0)]
-    assert trace.step_s == [18.0, 15.0, 13.0, 11.0]
+    assert list(trace.step_s) == [18.0, 15.0, 13.0, 11.0]
     (record,) = trace.records
     assert times(record) == [(18.0, 46.0, 3), (33.0, 46.0, 2), (33.0, 57.0, 3)]
 
@@ -157,7 +161,7 @@ class Watched(Controller):
 
 def test_the_plans_prefill_limit_is_kept() -> None:
     trace = run(request((1,), prompt=8), controller=Watched(Scripted(prefill_limit_tokens=3)))
-    assert trace.prefill_tokens == [3, 3, 2]
+    assert list(trace.prefill_tokens) == [3, 3, 2]
 
 
 def test_a_plan_that_runs_nothing_is_an_error() -> None:
@@ -167,16 +171,18 @@ def test_a_plan_that_runs_nothing_is_an_error() -> None:
 
 def test_outcomes_tell_load_latency_and_what_finished() -> None:
     controller = Watched(Scripted())
-    run(request((3,)), controller=controller)
+    run(request((4, 2)), controller=controller)
     assert [o.load for o in controller.outcomes] == [
         StepLoad(rows=0, context_tokens=0, prefill_tokens=4),
-        StepLoad(rows=1, context_tokens=5, prefill_tokens=0),
-        StepLoad(rows=1, context_tokens=6, prefill_tokens=0),
+        StepLoad(rows=1, context_tokens=5, prefill_tokens=1),  # the sibling's tail
+        StepLoad(rows=2, context_tokens=6 + 5, prefill_tokens=0),
+        StepLoad(rows=1, context_tokens=7, prefill_tokens=0),
     ]
-    assert [o.measured_s for o in controller.outcomes] == [18.0, 11.0, 11.0]
+    assert [o.measured_s for o in controller.outcomes] == [18.0, 13.0, 12.0, 11.0]
     (finished,) = controller.outcomes[-1].finished
-    assert (finished.tokens, finished.serial_tokens, finished.critical_path_tokens) == (3, 3, 3)
-    assert (finished.residence_s, finished.externality_s) == (22.0, 4.0)  # two steps of E = 3 - 1
+    assert (finished.tokens, finished.serial_tokens, finished.critical_path_tokens) == (6, 0, 4)
+    # Two steps of E = 3 - 1 while it had branches; with one branch left there is nothing to decide.
+    assert (finished.residence_s, finished.externality_s) == (36.0, 4.0)
 
 
 def test_observations_lag_by_as_many_steps_as_the_engine_is_told() -> None:
@@ -187,18 +193,10 @@ def test_observations_lag_by_as_many_steps_as_the_engine_is_told() -> None:
 
 @pytest.mark.parametrize("policy", ["off", "cap:2", "eager", "taper-paper", "taper"])
 def test_no_token_is_lost_and_none_is_invented(policy: str) -> None:
-    mix = Mix(
-        branching_share=0.5,
-        prompt=Lengths(low=1, high=30),
-        serial=Lengths(low=1, high=40),
-        stage=Lengths(low=1, high=5),
-        fanout=Lengths(low=2, high=6),
-        branch=Lengths(low=1, high=12),
-    )
-    requests = generate(
-        mix=mix, arrivals=Arrivals(), rate_per_s=0.02, duration_s=5000.0, tpot_slo_s=20.0, ttft_slo_s=99.0, seed=3
-    )
-    trace = run(*requests, policy=policy, engine=Engine(max_requests=6))
+    branching = Branching(stage=Lengths(low=1, high=5), fanout=Lengths(low=2, high=6), branch=Lengths(low=1, high=12))
+    mix = Mix(branching_share=0.5, prompt=Lengths(low=1, high=30), serial=Lengths(low=1, high=40), branching=branching)
+    requests = list(Synthetic(mix=mix).requests(seed=3, rate_rps=0.02, horizon_s=5000.0))
+    trace = run(*requests, policy=policy, slo_s=20.0, engine=Engine(max_requests=6))
     assert {r.index: r.tokens for r in trace.records} == {i: r.tokens for i, r in enumerate(requests)}
     assert sum(trace.emitted) == sum(r.tokens for r in requests)
     assert all(r.sent_s >= r.scheduled_s and r.ttft_s is not None and r.ttft_s > 0 for r in trace.records)
@@ -210,5 +208,5 @@ def test_no_token_is_lost_and_none_is_invented(policy: str) -> None:
 def test_a_request_whose_new_branch_finds_no_room_goes_on_with_one_it_has() -> None:
     full = replace(MACHINE, max_rows=2)
     trace = run(request((40, 40)), request((40, 40)), policy="off", machine=full)
-    assert trace.rows[:40] == [0] + 39 * [2]  # both first branches to their end, past the quantum of 16
+    assert list(trace.rows[:40]) == [0] + 39 * [2]  # both first branches to their end, past the quantum of 16
     assert sum(r.tokens for r in trace.records) == 160

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from taper.bench.client import LoadClient, Sending
 from taper.goodput import Window
 from taper.records import RequestRecord
-from taper.workload.mix import Planned
 from taper.workload.regime import Regime
+from taper.workload.request import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +67,14 @@ class _Run:
 
 async def run_window(
     client: LoadClient,
-    planned: Sequence[Planned],
+    planned: Sequence[Request],
     *,
     regime: Regime,
     plan: WindowPlan,
     policy: str,
     round_: int,
+    window: str = "",
+    judge_ttft: bool = False,
     on_record: Callable[[RequestRecord], None] | None = None,
     progress: Progress | None = None,
 ) -> WindowResult:
@@ -82,19 +84,23 @@ async def run_window(
     run = _Run(begin_s=clock(), slots=asyncio.Semaphore(regime.max_concurrency))
     stop_s = run.begin_s + plan.load_s
     salt = f"{round_}-{run.begin_s:.3f}"
+    classes = len({one.slo_factor for one in planned}) > 1
 
-    async def serve(one: Planned) -> None:
+    async def serve(one: Request) -> None:
         sending = Sending(
             policy=policy,
             round=round_,
             slo=regime.slo,
-            scheduled_s=run.begin_s + one.offset_s,
+            scheduled_s=run.begin_s + one.arrival_s,
             deadline_s=stop_s + plan.drain_s,
             cache_salt=salt,
+            judge_ttft=judge_ttft,
+            claim_slo=classes,
+            window=window,
         )
         state.in_service += 1
         try:
-            record = await client.run(one.spec, sending)
+            record = await client.run(one, sending)
         finally:
             state.in_service -= 1
             run.slots.release()
@@ -107,7 +113,7 @@ async def run_window(
     try:
         async with asyncio.TaskGroup() as tasks:
             for one in planned:
-                if not await _turn(run, clock, run.begin_s + one.offset_s, stop_s):
+                if not await _turn(run, clock, run.begin_s + one.arrival_s, stop_s):
                     break
                 run.sent += 1
                 tasks.create_task(serve(one))
@@ -118,7 +124,7 @@ async def run_window(
         round=round_,
         window=Window(start_s=run.begin_s + plan.ramp_s, end_s=stop_s),
         records=tuple(sorted(run.records, key=lambda record: record.index)),
-        unserved=sum(one.offset_s < plan.load_s for one in planned) - run.sent,
+        unserved=sum(one.arrival_s < plan.load_s for one in planned) - run.sent,
         drained_s=max(0.0, clock() - stop_s),
     )
 
@@ -137,12 +143,12 @@ async def _turn(run: _Run, clock: Callable[[], float], due_s: float, stop_s: flo
 
 
 async def _tick(
-    state: Progress, planned: Sequence[Planned], run: _Run, plan: WindowPlan, clock: Callable[[], float]
+    state: Progress, planned: Sequence[Request], run: _Run, plan: WindowPlan, clock: Callable[[], float]
 ) -> None:
     while True:
         state.elapsed_s = clock() - run.begin_s
         loading = state.elapsed_s < plan.load_s
         state.phase = "drain" if not loading else "measure" if state.elapsed_s >= plan.ramp_s else "ramp"
-        due = sum(one.offset_s <= state.elapsed_s for one in planned)
+        due = sum(one.arrival_s <= state.elapsed_s for one in planned)
         state.waiting = due - run.sent if loading else 0
         await asyncio.sleep(0.25)

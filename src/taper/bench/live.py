@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -39,7 +40,7 @@ class Display(Protocol):
 def display_for(console: Console, *, windows: int, plan: WindowPlan) -> Display:
     if console.is_terminal:
         return TerminalDisplay(console, windows=windows, plan=plan)
-    return PlainDisplay(console, plan=plan)
+    return PlainDisplay(console, windows=windows, plan=plan)
 
 
 def state_line(snapshot: Mapping[str, Any] | None) -> str:
@@ -114,9 +115,15 @@ class TerminalDisplay:
 class PlainDisplay:
     """For pipes and logs: a line per window and one now and then in between, no control codes."""
 
-    def __init__(self, console: Console, *, plan: WindowPlan) -> None:
+    def __init__(
+        self, console: Console, *, windows: int, plan: WindowPlan, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._console = console
+        self._windows = windows
         self._plan = plan
+        self._clock = clock
+        self._begun_s: float | None = None
+        self._ended = 0
         self._said_s = 0.0
 
     def __enter__(self) -> Self:
@@ -129,7 +136,9 @@ class PlainDisplay:
 
     def window_started(self, title: str) -> None:
         self._said_s = 0.0
-        self._say(f"{title}: {self._plan.load_s:.0f} s of load, then drain")
+        if self._begun_s is None:
+            self._begun_s = self._clock()
+        self._say(f"{title}: {self._plan.load_s:.0f} s of load, then drain{self._eta()}")
 
     def update(self, window: Window, snapshot: Mapping[str, Any] | None) -> None:
         if window.elapsed_s - self._said_s >= _PLAIN_EVERY_S:
@@ -137,7 +146,16 @@ class PlainDisplay:
             self._say(f"  {window.elapsed_s:4.0f} s {window.phase:<7} {state_line(snapshot)}")
 
     def window_ended(self, line: str) -> None:
+        self._ended += 1
         self._say(line)
+
+    def _eta(self) -> str:
+        """From the windows so far; one that is repeated makes it late."""
+        left = self._windows - self._ended
+        if self._begun_s is None or not self._ended or left < 1:
+            return ""
+        left_min = (self._clock() - self._begun_s) / self._ended * left / 60
+        return f" ({self._ended} of {self._windows} windows done, about {left_min:.0f} min left)"
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +54,17 @@ def describe() -> Machine:
         python=platform.python_version(),
         versions=_versions(),
     )
+
+
+def commit() -> str | None:
+    """The commit of this source tree, with `-dirty` where it was changed; None outside a git checkout."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+        return done.stdout.strip() or None
+    return None
 
 
 def read_cpu(roots: Iterable[int]) -> CpuTimes | None:

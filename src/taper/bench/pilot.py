@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from taper.bench.campaign import Campaign, planned_requests, switch
+from taper.bench.campaign import Campaign, planned_requests
 from taper.bench.client import LoadClient
 from taper.bench.control import ControlClient, ControlError
 from taper.bench.driver import WindowPlan, run_window
+from taper.bench.measure import switch
 from taper.core.latency import LinearLatency
 from taper.goodput import Window
 
@@ -58,7 +59,7 @@ def scale_of(steps: Iterable[Mapping[str, Any]], law: LinearLatency, window: Win
 async def _window(
     campaign: Campaign, policy: str, client: LoadClient, control: ControlClient
 ) -> tuple[list[dict[str, Any]], Window]:
-    await switch(campaign.regime, policy, control)
+    await switch(policy, campaign.regime.slo, control)
     await control.steps()
     short = replace(campaign, plan=_PLAN)
     planned = planned_requests(short, campaign.rounds)  # a sequence that no measured round uses

@@ -12,11 +12,12 @@ from typing import Any
 
 from taper.bench.campaign import Campaign, Findings
 from taper.bench.machine import Machine
-from taper.bench.result import EngineStats, over_rounds, ratio_over_rounds
+from taper.bench.result import over_rounds, ratio_over_rounds
 from taper.bench.verdict import Verdict
 from taper.core.types import ConfigError
 from taper.goodput import Spread, Summary
 from taper.records import request_file
+from taper.results import EngineStats
 
 DEMO_SCHEMA = "taper.demo/1"
 _RATIOS = ("goodput_tok_s", "raw_tok_s")

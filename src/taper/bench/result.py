@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,47 +11,7 @@ import numpy as np
 from taper.bench.driver import WindowResult
 from taper.bench.machine import CpuShare
 from taper.goodput import Spread, Summary, Window, paired_ratios, spread, summarize
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """The server's own account of a window. None where it does not report the number."""
-
-    planner_p50_s: float | None = None
-    planner_p99_s: float | None = None
-    predictor_mape: float | None = None
-    fallbacks: int | None = None
-    steps: int = 0
-    step_mean_s: float | None = None
-    step_p99_s: float | None = None
-    rows_mean: float | None = None
-    extra_mean: float | None = None
-    deferred_mean: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """One policy in one round."""
-
-    policy: str
-    round: int
-    summary: Summary
-    engine: EngineStats
-    cpu: CpuShare | None
-    unserved: int
-    drained_s: float
-
-    def to_json(self) -> dict[str, Any]:
-        """One flat object; `engine` and `summary` fields side by side."""
-        return {
-            "policy": self.policy,
-            "round": self.round,
-            **asdict(self.summary),
-            **asdict(self.engine),
-            "unserved": self.unserved,
-            "drained_s": self.drained_s,
-            "cpu": asdict(self.cpu) if self.cpu else None,
-        }
+from taper.results import Conditions, EngineStats, Run
 
 
 def engine_stats(
@@ -69,7 +29,7 @@ def engine_stats(
         planner_p50_s=_worst(windows, "planner_p50_s"),
         planner_p99_s=_worst(windows, "planner_p99_s"),
         predictor_mape=_worst(windows, "predictor_mape"),
-        fallbacks=sum(one.get("fallbacks") or 0 for one in windows),
+        fallbacks=sum(one.get("fallbacks") or 0 for one in windows) if windows else None,
         steps=len(inside),
         step_mean_s=float(np.mean(measured)) if measured else None,
         step_p99_s=float(np.percentile(measured, 99)) if measured else None,
@@ -82,35 +42,38 @@ def engine_stats(
 def run_result(
     result: WindowResult,
     *,
+    conditions: Conditions,
     snapshots: Sequence[Mapping[str, Any]],
     steps: Iterable[Sequence[Mapping[str, Any]]],
     cpu: CpuShare | None,
-) -> RunResult:
-    return RunResult(
-        policy=result.policy,
-        round=result.round,
+) -> Run:
+    return Run(
+        conditions=conditions,
         summary=summarize(result.records, result.window),
-        engine=engine_stats(snapshots, steps, result.window),
-        cpu=cpu,
-        unserved=result.unserved,
-        drained_s=result.drained_s,
+        engine=replace(
+            engine_stats(snapshots, steps, result.window),
+            unserved=result.unserved,
+            drained_s=result.drained_s,
+            foreign_cpu=cpu.foreign if cpu else None,
+            client_cpu=cpu.client if cpu else None,
+        ),
     )
 
 
 _SUMMARY_FIELDS = frozenset(spec.name for spec in fields(Summary))
 
 
-def metric(run: RunResult, name: str) -> float | None:
+def metric(run: Run, name: str) -> float | None:
     value = getattr(run.summary if name in _SUMMARY_FIELDS else run.engine, name)
     return None if value is None else float(value)
 
 
-def over_rounds(runs: Iterable[RunResult], policy: str, name: str) -> Spread | None:
+def over_rounds(runs: Iterable[Run], policy: str, name: str) -> Spread | None:
     """A metric's median and spread over the rounds of one policy."""
     return spread(metric(run, name) for run in runs if run.policy == policy)
 
 
-def ratio_over_rounds(runs: Sequence[RunResult], name: str, above: str, below: str) -> Spread | None:
+def ratio_over_rounds(runs: Sequence[Run], name: str, above: str, below: str) -> Spread | None:
     """The spread of `above` / `below`, taken within each round."""
 
     def by_round(policy: str) -> dict[int, float | None]:

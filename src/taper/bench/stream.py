@@ -15,6 +15,14 @@ from taper.records import ChoiceRecord
 
 
 @dataclass(slots=True)
+class Output:
+    """What a branch said: ids where the server sends them, else text."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass(slots=True)
 class _Branch:
     first_s: float
     last_s: float
@@ -26,10 +34,13 @@ class StreamReader:
     """Feed it bytes with the time they came; it keeps the tokens of every choice.
 
     Tokens of a chunk: the length of `token_ids` where the server sends them (vLLM's `return_token_ids`),
-    otherwise one per chunk with text; with a single branch the server's usage has the last word.
+    otherwise one per chunk with text; with a single branch the server's usage has the last word. `keep` also
+    keeps what was said, for a stage that goes on from it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
+        self.outputs: dict[int, Output] = {}  # by choice index
+        self._keep = keep
         self._pending = b""
         self._branches: dict[int, _Branch] = {}
         self._finished: dict[int, str] = {}
@@ -53,12 +64,13 @@ class StreamReader:
     def finished_branches(self) -> int:
         return len(self._finished)
 
-    def choices(self) -> tuple[ChoiceRecord, ...]:
-        """One record per branch that delivered a token, by index."""
+    def choices(self, *, stage: int = 0, first: int = 0) -> tuple[ChoiceRecord, ...]:
+        """One record per branch that delivered a token, by index; `first` is the index of the first branch."""
         exact = self.completion_tokens if len(self._branches) == 1 else None
         return tuple(
             ChoiceRecord(
-                index=index,
+                index=first + index,
+                stage=stage,
                 tokens=exact or branch.tokens,
                 first_token_s=branch.first_s,
                 last_token_s=branch.last_s,
@@ -88,6 +100,8 @@ class StreamReader:
     def _choice(self, choice: dict[str, Any], now_s: float) -> None:
         index = choice.get("index", 0)
         tokens = _token_count(choice)
+        if self._keep:
+            self._said(index, choice)
         if reason := choice.get("finish_reason"):
             self._finished[index] = reason
         if tokens == 0:
@@ -100,11 +114,19 @@ class StreamReader:
         branch.last_s = now_s
         branch.tokens += tokens
 
+    def _said(self, index: int, choice: dict[str, Any]) -> None:
+        output = self.outputs.setdefault(index, Output())
+        output.token_ids += choice.get("token_ids") or ()
+        output.text += _text(choice)
+
 
 def _token_count(choice: dict[str, Any]) -> int:
     token_ids = choice.get("token_ids")
     if token_ids is not None:
         return len(token_ids)
+    return 1 if _text(choice) else 0
+
+
+def _text(choice: dict[str, Any]) -> str:
     delta = choice.get("delta")
-    text = delta.get("content") if delta else choice.get("text")
-    return 1 if text else 0
+    return (delta.get("content") if delta else choice.get("text")) or ""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
-from taper.bench.result import RunResult, over_rounds, ratio_over_rounds
+from taper.bench.result import over_rounds, ratio_over_rounds
 from taper.goodput import Spread
+from taper.results import Run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +44,7 @@ ROWS = (
 )
 
 
-def comparison(
-    runs: Sequence[RunResult], policies: Sequence[str], *, subject: str, title: str, ratios: bool = True
-) -> Table:
+def comparison(runs: Sequence[Run], policies: Sequence[str], *, subject: str, title: str, ratios: bool = True) -> Table:
     """A rich table; the ratio columns hold `subject` over each other policy, paired within rounds."""
     others = [policy for policy in policies if policy != subject] if ratios and subject in policies else []
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

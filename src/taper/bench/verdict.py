@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taper.bench.result import RunResult, over_rounds, ratio_over_rounds
+from taper.bench.result import over_rounds, ratio_over_rounds
 from taper.core.types import Slo
 from taper.goodput import Spread
+from taper.results import Run
 
 FOREIGN_CPU_LIMIT = 0.10  # share of the machine other processes may take before a window is called disturbed
 
@@ -34,13 +35,13 @@ class Verdict:
         return self.contended and all(target.reached for target in self.targets)
 
 
-def judge(runs: Sequence[RunResult], slo: Slo) -> Verdict:
+def judge(runs: Sequence[Run], slo: Slo) -> Verdict:
     """Compare medians over rounds with the targets; targets of policies that did not run are left out."""
     contended, line = _regime(runs, slo)
     return Verdict(contended=contended, regime_line=line, targets=_targets(runs), notes=_notes(runs))
 
 
-def _regime(runs: Sequence[RunResult], slo: Slo) -> tuple[bool, str]:
+def _regime(runs: Sequence[Run], slo: Slo) -> tuple[bool, str]:
     off, eager = (_median(over_rounds(runs, policy, "step_mean_s")) for policy in ("off", "eager"))
     if off is None or eager is None:
         return False, "the regime cannot be told: it takes measured steps of both off and eager"
@@ -57,7 +58,7 @@ def _regime(runs: Sequence[RunResult], slo: Slo) -> tuple[bool, str]:
     )
 
 
-def _targets(runs: Sequence[RunResult]) -> tuple[Target, ...]:
+def _targets(runs: Sequence[Run]) -> tuple[Target, ...]:
     wanted = (
         ("taper's attainment", ">= 95 %", _median(over_rounds(runs, "taper", "attainment")), 0.95, True),
         ("eager's attainment", "< 85 %", _median(over_rounds(runs, "eager", "attainment")), 0.85, False),
@@ -83,7 +84,7 @@ def _targets(runs: Sequence[RunResult]) -> tuple[Target, ...]:
     )
 
 
-def _notes(runs: Sequence[RunResult]) -> tuple[str, ...]:
+def _notes(runs: Sequence[Run]) -> tuple[str, ...]:
     notes = []
     errors = sum(run.summary.misses_error for run in runs)
     if errors:
@@ -91,7 +92,7 @@ def _notes(runs: Sequence[RunResult]) -> tuple[str, ...]:
     fallbacks = sum(run.engine.fallbacks or 0 for run in runs)
     if fallbacks:
         notes.append(f"the planner fell back to eager in {fallbacks} steps: see the server's log")
-    disturbed = [run for run in runs if run.cpu is not None and run.cpu.foreign > FOREIGN_CPU_LIMIT]
+    disturbed = [run for run in runs if (run.engine.foreign_cpu or 0) > FOREIGN_CPU_LIMIT]
     if disturbed:
         names = ", ".join(f"{run.policy} in round {run.round + 1}" for run in disturbed)
         notes.append(f"other processes took more than {FOREIGN_CPU_LIMIT:.0%} of the machine during: {names}")

@@ -25,26 +25,31 @@ class StepBudget:
         self._predict = predict
         requests = len(view.tokens)
         self.live = np.bincount(view.request, minlength=requests)
-        self._first = np.cumsum(self.live) - self.live
+        self._first = self.live.cumsum() - self.live
         self._order = order_branches(view, quantum_tokens)
         self._request = view.request[self._order]  # unchanged by the order: it sorts by request first
         self._rank = np.arange(len(self._order)) - self._first[self._request]
         decoding = view.prefill_tokens == 0
-        columns = np.stack([decoding, np.where(decoding, view.context_tokens, 0), view.prefill_tokens])
-        self._columns = columns[:, self._order]  # (3, B): row, context and prompt tokens each branch adds
+        columns = np.empty((3, len(self._order)), dtype=np.int64)
+        columns[0], columns[1], columns[2] = decoding, view.context_tokens * decoding, view.prefill_tokens
+        self._columns = columns.take(self._order, axis=1)  # (3, B): row, context and prompt tokens each branch adds
         self._sums = np.zeros((3, len(self._order) + 1), dtype=np.int64)
-        np.cumsum(self._columns, axis=1, out=self._sums[:, 1:])
-        pinned = np.bincount(view.request[view.pinned], minlength=requests) if view.pinned.any() else 0
-        self.protected = np.maximum(pinned, 1) * np.ones(requests, dtype=np.int64)
+        self._columns.cumsum(axis=1, out=self._sums[:, 1:])
+        self.protected = np.ones(requests, dtype=np.int64)
+        if view.pinned.any():
+            np.maximum(np.bincount(view.request[view.pinned], minlength=requests), 1, out=self.protected)
+        self._protected_sums = self._carried(self.protected)
+
+    def _carried(self, width: Ints) -> tuple[int, int, int]:
+        """Rows, context and prompt tokens of a step with these widths, prompt tokens not yet limited."""
+        ends = self._sums.take(self._first + width, axis=1)
+        rows, context, prefill = (ends - self._sums.take(self._first, axis=1)).sum(axis=1).tolist()
+        return rows, context, prefill
 
     def load(self, width: Ints) -> StepLoad:
         """What a step with these widths carries; prompt tokens up to the limit."""
-        rows, context, prefill = (self._sums[:, self._first + width] - self._sums[:, self._first]).sum(axis=1)
-        return StepLoad(
-            rows=int(rows),
-            context_tokens=int(context),
-            prefill_tokens=min(int(prefill), self.prefill_limit_tokens),
-        )
+        rows, context, prefill = self._protected_sums if width is self.protected else self._carried(width)
+        return StepLoad(rows=rows, context_tokens=context, prefill_tokens=min(prefill, self.prefill_limit_tokens))
 
     def seconds(self, width: Ints) -> float:
         """Predicted T of a step with these widths."""
@@ -56,14 +61,14 @@ class StepBudget:
 
         Stops at the first extra that does not fit or for which there is no KV room.
         """
-        candidates = np.flatnonzero(self._rank >= width[self._request])
+        candidates = (self._rank >= width[self._request]).nonzero()[0]
         if not len(candidates):
             return width
         place = np.empty_like(request_order)
         place[request_order] = np.arange(len(request_order))
         key = (place[self._request[candidates]] << 32) + self._rank[candidates]
         candidates = candidates[np.argsort(key, kind="stable")]
-        rows, context, prefill = np.cumsum(self._columns[:, candidates], axis=1)
+        rows, context, prefill = self._columns.take(candidates, axis=1).cumsum(axis=1)
         base = self.load(width)
         seconds = self._predict.predict(base.rows + rows, base.context_tokens + context, base.prefill_tokens + prefill)
         fits = seconds <= limit_s
@@ -79,14 +84,15 @@ class StepBudget:
     ) -> Plan:
         """Floor and clamp once, last: at least the protected rows, at most every live branch."""
         width = np.clip(width, self.protected, self.live)
-        load = self.load(width)
-        extra_prefill = int((self._sums[2, self._first + width] - self._sums[2, self._first + self.protected]).sum())
+        rows, context, prefill = self._carried(width)
+        load = StepLoad(rows=rows, context_tokens=context, prefill_tokens=min(prefill, self.prefill_limit_tokens))
+        extra_prefill = prefill - self._protected_sums[2]
         return Plan(
             run=self._rows(width),
             protected=self._rows(self.protected),
             load=load,
             baseline_s=self.seconds(self.protected),
-            predicted_s=self._predict.predict(load.rows, load.context_tokens, load.prefill_tokens),
+            predicted_s=self._predict.predict(rows, context, load.prefill_tokens),
             budget_s=budget_s,
             slack_min_s=slack_min_s,
             prefill_limit_tokens=self.prefill_limit_tokens + extra_prefill if limit_prefill else None,

@@ -13,7 +13,8 @@ requests are replayed in steady state at a dozen widths w:
 with longest_r = critical path - serial. The best width is the one with the most goodput among those that attain
 the target, or among all if none does. Its step time becomes the floor where the SLO-derived budget cannot lead
 there: when no width attains the target, or when that step is longer than any request's SLO, so that only several
-rows per step keep it (a serial stage in debt would veto what its next fork repays).
+rows per step keep it (a serial stage in debt would veto what its next fork repays). Where no width attains the target
+and even width 1 takes longer than any request's SLO, there is nobody left to protect: the floor is infinite.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Occupancy:
 
 
 def throughput_floor_s(finished: Sequence[FinishedRequest], occupancy: Occupancy, predict: LatencyModel) -> float:
-    """Seconds, 0 where no floor is needed. O(widths * len(finished)), a few tens of microseconds."""
+    """Seconds; 0 where no floor is needed, inf where nobody is left to protect.
+
+    O(widths * len(finished)), a few tens of microseconds.
+    """
     if len(finished) < FEWEST_REQUESTS:
         return 0.0
     tokens = np.array([r.tokens for r in finished], dtype=np.float64)
@@ -61,6 +65,8 @@ def throughput_floor_s(finished: Sequence[FinishedRequest], occupancy: Occupancy
     met = path * step_s[:, None] <= tpot_slo_s * (tokens - 1)
     goodput = (met * tokens).sum(axis=1) / (path.sum(axis=1) * step_s)
     reaching = met.mean(axis=1) >= TARGET
+    if not reaching.any() and step_s[0] > tpot_slo_s.max():
+        return np.inf
     best_s = float(step_s[np.argmax(np.where(reaching | ~reaching.any(), goodput, -1.0))])
     is_needed = not reaching.any() or best_s > BEYOND_SLO * tpot_slo_s.max()
     return best_s if is_needed else 0.0

@@ -9,6 +9,7 @@ online corrections of the whole and of the prefill term.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
 
@@ -45,7 +46,7 @@ class LinearLatency:
     def __post_init__(self) -> None:
         for name in ("base_s", "row_s", "context_s", "prefill_s", "scale", "prefill_scale"):
             value = getattr(self, name)
-            if not np.isfinite(value) or value < 0:
+            if not math.isfinite(value) or value < 0:
                 raise ConfigError(f"latency model: {name} must be finite and >= 0, not {value!r}")
         if self.base_s == 0:
             raise ConfigError("latency model: base_s must be > 0")

@@ -25,7 +25,7 @@ class Guidance:
 
     margin: float  # share of the SLO kept back, knob plus integral action
     mean_output_tokens: float  # of recent requests
-    floor_s: float = 0.0  # step time below which throttling only loses (outer loop)
+    floor_s: float = 0.0  # step time below which throttling only loses (outer loop); inf: it never helps
 
 
 class Policy(Protocol):
@@ -105,10 +105,10 @@ class Taper:
         credit = slack.credit_s(view)
         budget.prefill_limit_tokens = 0
         decode_s = budget.seconds(budget.protected)
-        remaining = np.maximum(knobs.lookahead_tokens, 2.0 * guidance.mean_output_tokens - view.tokens)
+        remaining = slack.remaining_tokens(view, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens)
         lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
         binding = ~lost & decoding(view)
-        allowed_s = slack.allowed_s(view, credit, budget.live, knobs=knobs, margin=guidance.margin)
+        allowed_s = slack.allowed_s(view, credit, budget.live, remaining, knobs=knobs, margin=guidance.margin)
         slack_min_s = float(np.min(allowed_s, where=binding, initial=np.inf))
         limit_s = max(slack_min_s, guidance.floor_s)
         budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, limit_s - decode_s)

@@ -28,25 +28,32 @@ def published_slack_s(view: StepView) -> Floats:
     return np.where(np.isnan(decoding), waiting, decoding)
 
 
-def allowed_s(view: StepView, credit: Floats, width: Ints, *, knobs: Knobs, margin: float) -> Floats:
-    """Longest step each request can take with `width` rows.
+def remaining_tokens(view: StepView, *, knobs: Knobs, mean_output_tokens: float) -> Floats:
+    """Tokens a request is taken to have ahead of it: up to twice the usual length, and never less than the knob."""
+    remaining: Floats = np.maximum(knobs.lookahead_tokens, 2.0 * mean_output_tokens - view.tokens)
+    return remaining
 
-        SLO * (1 - margin) * tokens it gets + min(spendable, bank * SLO) / H
 
-    Credit beyond the reserve is spendable, debt counts in full, and in between a request neither gives nor takes: a
-    new one would otherwise pin the batch below its SLO. Spreading over H steps paces both, so a spike finds a
-    reserve; the bank keeps a request that ran fast for long from being stalled for long.
+def allowed_s(view: StepView, credit: Floats, live: Ints, remaining: Floats, *, knobs: Knobs, margin: float) -> Floats:
+    """Longest step each request can take with all its `live` branches running.
+
+        SLO * (1 - margin) * tokens it gets + paced
+        paced = min(credit, bank * SLO) / H               credit is spent over H steps
+        paced = credit / max(H, remaining / live)         debt is repaid over the steps the request has left
+
+    Pacing credit leaves something for the next spike; the bank keeps a request that ran fast for long from being
+    stalled for long. Debt repaid any faster would throttle the very rows that repay it.
     """
-    slo = view.tpot_slo_s
-    reserve_s = knobs.reserve_slos * slo
-    spendable = np.where(credit >= reserve_s, credit - reserve_s, np.minimum(credit, 0.0))
-    paced: Floats = np.minimum(spendable, knobs.bank_slos * slo) / knobs.horizon_steps
-    return slo * ((1.0 - margin) * view.tokens_per_row * width) + paced
+    slo, horizon = view.tpot_slo_s, knobs.horizon_steps
+    spent = np.minimum(np.maximum(credit, 0.0), knobs.bank_slos * slo) / horizon
+    repaid = np.minimum(credit, 0.0) / np.maximum(horizon, remaining / live)
+    allowed: Floats = slo * ((1.0 - margin) * view.tokens_per_row) * live + (spent + repaid)
+    return allowed
 
 
-def hopeless(credit: Floats, tpot_slo_s: Floats, live: Ints, remaining_tokens: Floats, baseline_s: float) -> Bools:
+def hopeless(credit: Floats, tpot_slo_s: Floats, live: Ints, remaining: Floats, baseline_s: float) -> Bools:
     """Requests that miss even if everything else ran at width 1 from here on.
 
-    Each of the `remaining_tokens` earns SLO - T0 / live at best, with every live branch of the request running.
+    Each of the `remaining` tokens earns SLO - T0 / live at best, with every live branch of the request running.
     """
-    return credit + remaining_tokens * (tpot_slo_s - baseline_s / live) < 0.0
+    return credit + remaining * (tpot_slo_s - baseline_s / live) < 0.0

@@ -53,9 +53,10 @@ class Slo:
 class Knobs:
     """Everything an operator can turn on the controller. Docs and command line are generated from here."""
 
-    margin: float = knob(0.02, low=0.0, high=0.5, unit="of the SLO", doc="SLO share kept back for what T misses")
-    horizon_steps: float = knob(16, low=1, high=1024, unit="steps", doc="steps over which a credit is spent")
-    reserve_slos: float = knob(1.0, low=0.0, high=64, unit="SLOs", doc="credit never spent on extras")
+    margin: float = knob(0.01, low=0.0, high=0.5, unit="of the SLO", doc="SLO share kept back for what T misses")
+    horizon_steps: float = knob(
+        16, low=1, high=1024, unit="steps", doc="steps over which a credit is spent, and the fewest for repaying a debt"
+    )
     bank_slos: float = knob(64, low=1, high=4096, unit="SLOs", doc="credit a request may bring to one decision")
     lookahead_tokens: float = knob(
         64, low=1, high=65536, unit="tokens", doc="least remaining length assumed when judging a request hopeless"

@@ -1,26 +1,40 @@
-"""The event loop: one iteration per engine step, driving the shipped controller.
+"""The event loop: one iteration per decision, driving the shipped controller.
 
-A step is decided, enforced (rows, prompt tokens, residence), priced by the ground truth, and lands: tokens are
-emitted at its end, stages fork and join, finished requests leave, and the controller observes it.
+A step is decided, enforced (slots, KV, prompt tokens), priced by the ground truth, and lands: tokens are emitted at
+its end, stages fork and join, finished requests leave, and the controller observes it.
+
+Two things save work without changing a result. As in the engine, the controller is not asked where there is nothing to
+decide: a stock policy, or one branch per request and no prompt in sight. And a decision that depends on the
+composition of the batch alone (stock, a fixed cap) is kept while the composition lasts and no row in competition
+with a deferred sibling ends its quantum: a row that runs only moves forward in its request's order, a deferred one only
+backward.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taper.core.controller import Controller
-from taper.core.types import Bools, Ending, FinishedRequest, Ints, Plan, StepLoad, StepOutcome
-from taper.records import ChoiceRecord, RequestRecord
-from taper.sim import batch as cols
-from taper.sim.batch import Active, Batch
-from taper.sim.cost import Hardware, StepCost
-from taper.sim.workload import Request
+from taper.core.latency import LinearLatency
+from taper.core.policies import FixedCap
+from taper.core.types import ConfigError, Ending, FinishedRequest, Slo, StepLoad, StepOutcome
+from taper.sim.batch import Batch
+from taper.sim.cost import StepCost
+from taper.sim.enforce import Decision, Rows, enforce
+from taper.sim.hardware import Hardware
+from taper.sim.landing import Landing
+from taper.sim.queue import Queue
+from taper.sim.trace import Trace
+from taper.workload import Request
 
-OVERRUN_FACTOR = 3.0  # a step this far above prediction says nothing about the law
+# As the engine's step meter has it: a step this far above prediction is a hiccup, unless that many come in a row.
+OVERRUN_RATIO = 5.0
+OVERRUN_STREAK = 8
+FOR_EVER = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,24 +46,15 @@ class Engine:
     join_prefill: bool = False  # all children but the longest are computed again after a join
     lag_steps: int = 0  # 1: asynchronous scheduling, a step is decided before the last one's end
 
-
-@dataclass(slots=True, kw_only=True)
-class Trace:
-    """Everything a run leaves behind; one entry per step in each of the lists."""
-
-    records: list[RequestRecord] = field(default_factory=list)  # in order of completion
-    end_s: list[float] = field(default_factory=list)  # when the step ended
-    step_s: list[float] = field(default_factory=list)
-    predicted_s: list[float] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    prefill_tokens: list[int] = field(default_factory=list)
-    emitted: list[int] = field(default_factory=list)
-    requests: list[int] = field(default_factory=list)
+    def __post_init__(self) -> None:
+        for name, least in (("max_requests", 1), ("fork_prefill_tokens", 1), ("lag_steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"engine: {name} must be at least {least}, not {getattr(self, name)!r}")
 
 
 class Simulation:
-    """One run: requests x hardware x controller. Load stops at `duration_s`: what waits then is never served, what is
-    in service drains. `run()` is deterministic."""
+    """One engine replica under one policy. Load stops at `duration_s`: what waits then is never served, what is in
+    service drains. Deterministic."""
 
     def __init__(
         self,
@@ -58,246 +63,211 @@ class Simulation:
         machine: Hardware,
         cost: StepCost,
         engine: Engine,
-        requests: Sequence[Request],
+        slo: Slo,
+        requests: Iterable[Request] = (),
         duration_s: float,
-        seed: int = 0,
+        hold_steps: int = 1,
+        reuse: bool = True,
     ) -> None:
+        """With `hold_steps` above 1 a decision is kept that long while the batch's composition lasts: an approximation.
+        `reuse` False asks the controller before every single step: the same results, slower."""
+        self.now_s = 0.0
+        self.batch = Batch(slo=slo, fork_prefill_tokens=engine.fork_prefill_tokens)
+        self.trace = Trace()
+        self.queue = Queue(machine, slots=engine.max_requests)
+        self._landing = Landing(
+            self.batch, self.queue, self.trace, policy=controller.policy.name, join_prefill=engine.join_prefill
+        )
         self._controller = controller
         self._machine = machine
         self._cost = cost
-        self._engine = engine
-        self._requests = requests
+        self._lag_steps = engine.lag_steps
         self._duration_s = duration_s
-        self._seed = seed  # for the records only
-        self._now_s = 0.0
-        self._arrived = 0
-        self._waiting: deque[int] = deque()
-        self._batch = Batch()
+        self._is_composed = reuse and (controller.policy.is_stock or isinstance(controller.policy, FixedCap))
+        self._reuse = reuse
+        self._hold_steps = hold_steps
+        self._rows: Rows | None = None  # of the last step
+        self._decision: Decision | None = None
+        self._repeats = 0  # further steps for which the last decision is known to hold
+        self._externality_s = 0.0  # the run's clock of it
+        self._overruns = 0
         self._unobserved: deque[StepOutcome] = deque()
-        self._trace = Trace()
+        for request in requests:
+            self.submit(request)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have come, or are to come, and are not in service."""
+        return len(self.queue) + self.queue.coming
+
+    @property
+    def latency(self) -> LinearLatency:
+        """The controller's law, as corrected so far."""
+        return self._controller.latency
+
+    @property
+    def has_work(self) -> bool:
+        return bool(len(self.batch) or self.waiting)
+
+    def submit(self, request: Request, *, held_tokens: int = 0, continues: bool = False) -> None:
+        """A request to come, in order of arrival; of its prompt the engine holds the first `held_tokens`.
+
+        One that `continues` a request in service, here or on another engine, takes no slot of `max_requests` and goes
+        before those that wait for one. Raises `ConfigError` for a request that can never fit.
+        """
+        self.queue.submit(request, held_tokens=held_tokens, continues=continues)
+
+    def withdraw(self, stays: Callable[[Request], bool] | None = None) -> None:
+        """Forget the requests that wait, all of them or those that do not stay: they are unserved."""
+        self.trace.unserved += self.queue.withdraw(stays)
 
     def run(self) -> Trace:
-        while True:
-            if self._now_s < self._duration_s:
+        """To the end: the load, then the drain."""
+        self.advance(np.inf)
+        self.trace.unserved = self.waiting
+        return self.trace
+
+    def advance(self, until_s: float, *, stop_at_finish: bool = False) -> None:
+        """Run steps until the clock has reached `until_s`, nothing is left to do before it or, if so told, a request
+        has ended."""
+        finished = len(self.trace.records)
+        while self.now_s < until_s and not (stop_at_finish and len(self.trace.records) > finished):
+            if self.now_s < self._duration_s:
                 self._admit()
-            if len(self._batch):
-                self._step()
-            elif self._now_s < self._duration_s and self._arrived < len(self._requests):
-                self._now_s = self._requests[self._arrived].arrival_s
+            if len(self.batch):
+                self._step(until_s)
+            elif self.queue.next_arrival_s < self._duration_s:
+                self.now_s = min(self.queue.next_arrival_s, until_s)
             else:
-                return self._trace
+                return
 
     def _admit(self) -> None:
-        requests, engine = self._requests, self._engine
-        while self._arrived < len(requests) and requests[self._arrived].arrival_s <= self._now_s:
-            self._waiting.append(self._arrived)
-            self._arrived += 1
-        while (
-            self._waiting
-            and len(self._batch) < engine.max_requests
-            and self._batch.resident_rows < self._machine.max_rows
-        ):
-            index = self._waiting.popleft()
-            self._batch.admit(index, requests[index], now_s=self._now_s)
+        batch, machine = self.batch, self._machine
+        if self.queue.arrive(self.now_s) and not self._is_composed:
+            self._repeats = 0  # with somebody waiting there is something to decide
+        while (first := self.queue.first) is not None:
+            needed = first.spec.prompt_tokens + batch.resident_rows + 1
+            fits = needed <= machine.kv_tokens - batch.kv_tokens or not len(batch)
+            # Preempted branches are in front.
+            if batch.resident_rows >= machine.max_rows or batch.preempted_rows or not fits:
+                return
+            self.queue.enter()
+            batch.admit(first.spec, now_s=self.now_s, held_tokens=first.held_tokens, continues=first.continues)
 
-    def _step(self) -> None:
-        batch, machine = self._batch, self._machine
-        kv_free = machine.kv_tokens - batch.kv_tokens
+    # --- a step ---
+
+    def _step(self, until_s: float) -> None:
+        decision, rows = self._next()
+        steps, outcome = self._run_for(rows, decision, until_s)
+        self._landing.land(rows, steps, externality_s=self._externality_s)
+        finished: list[FinishedRequest] = []
+        if not rows.is_steady or not rows.steps_left:
+            finished = self._landing.advance(now_s=self.now_s, externality_s=self._externality_s)
+        self._tell(replace(outcome, finished=tuple(finished)) if finished else outcome)
+
+    def _next(self) -> tuple[Decision, Rows]:
+        """What the coming step is to run, and what of it does."""
+        decision, rows = self._decision, self._rows
+        if rows is not None and rows.version != self.batch.version:
+            rows = None
+        is_short = rows is not None and rows.rows > self._machine.kv_tokens - self.batch.kv_tokens
+        if decision is None or rows is None or not self._repeats or is_short:
+            decision = self._decide()
+            if rows is None or is_short or not rows.is_steady or rows.run_bytes != decision.run.tobytes():
+                rows = enforce(self.batch, self._machine, decision)
+            self._decision, self._rows = decision, rows
+            self._repeats = self._horizon(rows)
+        return decision, rows
+
+    def _decide(self) -> Decision:
+        batch, machine = self.batch, self._machine
+        if self._is_stock_step():
+            everything = np.ones(len(batch.request), dtype=np.bool_)
+            return Decision(run=everything, protected=everything)
         plan = self._controller.decide(
-            batch.view(now_s=self._now_s, kv_free_tokens=kv_free, max_prefill_tokens=machine.max_batched_tokens)
-        )
-        decode, chunks = self._enforce(plan)
-        branches = batch.branches
-        load = StepLoad(
-            rows=int(np.count_nonzero(decode)),
-            context_tokens=int(branches[cols.CONTEXT][decode].sum()),
-            prefill_tokens=sum(tokens for _, tokens in chunks),
-        )
-        measured_s = self._cost.seconds(load, self._now_s)
-        self._now_s += measured_s
-        in_service = len(batch)
-        emitted = self._land(decode, chunks, plan)
-        finished = self._advance()
-        self._note(load, measured_s, plan, emitted)
-        late = measured_s > OVERRUN_FACTOR * self._controller.latency.predict_load(load)
-        outcome = StepOutcome(
-            load=load,
-            requests=in_service,
-            measured_s=measured_s,
-            ending=Ending.OVERRUN if late else Ending.CLEAN,
-            finished=tuple(finished),
-        )
-        self._unobserved.append(outcome)
-        if len(self._unobserved) > self._engine.lag_steps:
-            self._controller.observe(self._unobserved.popleft())
-
-    def _enforce(self, plan: Plan) -> tuple[Bools, list[tuple[int, int]]]:
-        """The plan within the engine's own limits: decode rows, and (branch, prompt tokens) chunks."""
-        branches, machine = self._batch.branches, self._machine
-        run = plan.run
-        fresh = run & (branches[cols.RESIDENT] == 0)
-        if fresh.any():
-            room = machine.max_rows - self._batch.resident_rows
-            run = self._without(run, np.flatnonzero(fresh)[max(room, 0) :])
-        prefilling = run & (branches[cols.PREFILL] > 0)
-        decode = run & ~prefilling
-        chunks = []
-        if prefilling.any():
-            left = machine.max_batched_tokens - int(np.count_nonzero(decode))
-            if plan.prefill_limit_tokens is not None:
-                left = min(left, plan.prefill_limit_tokens)
-            for branch in np.flatnonzero(prefilling).tolist():
-                tokens = min(int(branches[cols.PREFILL, branch]), left)
-                if tokens <= 0:
-                    break
-                chunks.append((branch, tokens))
-                left -= tokens
-        if not chunks and not decode.any():
-            raise RuntimeError("the plan runs nothing: an engine would spin")
-        return decode, chunks
-
-    def _without(self, run: Bools, refused: Ints) -> Bools:
-        """The rows left when new branches find no room; a request left without any runs one that it has."""
-        branches = self._batch.branches
-        run = run.copy()
-        run[refused] = False
-        rows = np.bincount(branches[cols.REQUEST][run], minlength=len(self._batch))
-        for group in np.unique(branches[cols.REQUEST, refused]).tolist():
-            if not rows[group]:
-                own = (branches[cols.REQUEST] == group) & (branches[cols.RESIDENT] == 1)
-                run[np.flatnonzero(own)[:1]] = True
-        return run
-
-    def _land(self, decode: Bools, chunks: list[tuple[int, int]], plan: Plan) -> int:
-        """Tokens appear at the end of the step; returns how many."""
-        batch, branches = self._batch, self._batch.branches
-        emitting = decode
-        branches[cols.RAN] = decode
-        if chunks:
-            emitting = decode.copy()
-            for branch, tokens in chunks:
-                branches[cols.CONTEXT, branch] += tokens
-                branches[cols.PREFILL, branch] -= tokens
-                branches[cols.RESIDENT, branch] = 1
-                branches[cols.RAN, branch] = 1
-                emitting[branch] = branches[cols.PREFILL, branch] == 0
-        branches[cols.CONTEXT] += emitting
-        branches[cols.PROGRESS] += emitting
-        branches[cols.FIRST_STEP][emitting & (branches[cols.PROGRESS] == 1)] = len(self._trace.end_s)
-        gained = np.bincount(branches[cols.REQUEST][emitting], minlength=len(batch))
-        requests = batch.requests
-        requests[cols.TOKENS] += gained
-        running = ~np.isnan(requests[cols.FIRST])
-        requests[cols.EXTERNALITY] += np.where(running, plan.externality_s, 0.0)
-        if not running.all():
-            requests[cols.FIRST][(gained > 0) & ~running] = self._now_s
-        if chunks:
-            self._fork(emitting, chunks)
-        return int(gained.sum())
-
-    def _fork(self, emitting: Bools, chunks: list[tuple[int, int]]) -> None:
-        """Siblings of an arrival fork exist once the first branch has computed the prompt."""
-        groups = [int(self._batch.branches[cols.REQUEST, branch]) for branch, _ in chunks if emitting[branch]]
-        for group in groups:
-            active = self._batch.active[group]
-            if not active.started:
-                active.started = True
-                active.context_tokens = active.spec.prompt_tokens
-                self._add_siblings(group, active)
-
-    def _add_siblings(self, group: int, active: Active) -> None:
-        siblings = active.spec.stages[active.stage][1:]
-        if siblings:
-            tail = min(self._engine.fork_prefill_tokens, active.context_tokens)
-            self._batch.add_siblings(group, siblings, context=active.context_tokens, prefill=tail)
-
-    def _advance(self) -> list[FinishedRequest]:
-        """Ended branches leave; their requests join, enter the next stage, or finish."""
-        batch = self._batch
-        done = batch.branches[cols.PROGRESS] >= batch.branches[cols.TARGET]
-        if not done.any():
-            return []
-        ended = np.bincount(batch.branches[cols.REQUEST][done], minlength=len(batch))
-        self._note_choices(done)
-        batch.drop_branches(done)
-        leaving, finished = [], []
-        for group in np.flatnonzero(ended).tolist():
-            active = batch.active[group]
-            active.live -= int(ended[group])
-            if active.live:
-                continue
-            if active.stage + 1 < len(active.spec.stages):
-                self._next_stage(group, active)
-            else:
-                leaving.append(group)
-                finished.append(self._finish(group, active))
-        if leaving:
-            batch.remove(leaving)
-        return finished
-
-    def _note_choices(self, done: Bools) -> None:
-        batch = self._batch
-        for group, tokens, step in batch.branches[[cols.REQUEST, cols.TARGET, cols.FIRST_STEP]][:, done].T.tolist():
-            choices = batch.active[group].choices
-            choices.append(
-                ChoiceRecord(
-                    index=len(choices),
-                    tokens=tokens,
-                    first_token_s=self._landed_s(step),
-                    last_token_s=self._now_s,
-                )
+            batch.view(
+                now_s=self.now_s,
+                kv_free_tokens=machine.kv_tokens - batch.kv_tokens,
+                max_prefill_tokens=machine.max_batched_tokens,
             )
-
-    def _landed_s(self, step: int) -> float:
-        ends = self._trace.end_s
-        return ends[step] if step < len(ends) else self._now_s
-
-    def _next_stage(self, group: int, active: Active) -> None:
-        produced = active.spec.stages[active.stage]
-        active.context_tokens += sum(produced)
-        again = sum(produced) - max(produced) if self._engine.join_prefill else 0
-        active.stage += 1
-        active.started = True
-        self._batch.restart(group, active.spec.stages[active.stage][0], context=active.context_tokens, prefill=again)
-        self._add_siblings(group, active)
-
-    def _finish(self, group: int, active: Active) -> FinishedRequest:
-        spec, column = active.spec, self._batch.requests[:, group]
-        first_s = float(column[cols.FIRST])
-        self._trace.records.append(self._record(active))
-        return FinishedRequest(
-            tokens=spec.tokens,
-            serial_tokens=spec.serial_tokens,
-            critical_path_tokens=spec.critical_path_tokens,
-            residence_s=self._now_s - first_s,
-            externality_s=float(column[cols.EXTERNALITY]),
-            tpot_slo_s=spec.tpot_slo_s,
+        )
+        self.trace.decisions += 1
+        return Decision(
+            run=plan.run,
+            protected=plan.protected,
+            prefill_limit_tokens=plan.prefill_limit_tokens,
+            externality_s=plan.externality_s,
         )
 
-    def _record(self, active: Active) -> RequestRecord:
-        spec = active.spec
-        return RequestRecord(
-            id=str(active.index),
-            policy=self._controller.policy.name,
-            round=0,
-            seed=self._seed,
-            index=active.index,
-            kind="branching" if spec.branching else "serial",
-            branches=max(map(len, spec.stages)),
-            prompt_tokens=spec.prompt_tokens,
-            scheduled_s=spec.arrival_s,
-            sent_s=active.admitted_s,
-            ended_s=self._now_s,
-            tpot_slo_s=spec.tpot_slo_s,
-            choices=tuple(active.choices),
-        )
+    def _is_stock_step(self) -> bool:
+        if not self._reuse:
+            return False
+        if self._controller.policy.is_stock:
+            return True
+        batch = self.batch
+        return len(batch.request) == len(batch) and not len(self.queue) and not batch.prefill.any()
 
-    def _note(self, load: StepLoad, measured_s: float, plan: Plan, emitted: int) -> None:
-        trace = self._trace
-        trace.end_s.append(self._now_s)
+    def _horizon(self, rows: Rows) -> int:
+        """Steps for which this decision is known to hold, this one included."""
+        batch = self.batch
+        if not rows.is_steady:
+            return 1
+        steps = rows.steps_left
+        if not self._is_composed:
+            return steps if self._is_stock_step() else min(steps, self._hold_steps)
+        if rows.rows < len(batch.request):  # not with all branches running
+            competing = np.bincount(batch.request[~rows.decode], minlength=len(batch)) > 0
+            progress = batch.progress[rows.decode & competing[batch.request]]
+            quantum = int(self._controller.knobs.quantum_tokens)
+            if len(progress):
+                steps = min(steps, quantum - int((progress % quantum).max()))
+        return steps
+
+    def _run_for(self, rows: Rows, decision: Decision, until_s: float) -> tuple[int, StepOutcome]:
+        """As many steps as the decision, time and KV allow: (their number, the last one's outcome)."""
+        free = self._machine.kv_tokens - self.batch.kv_tokens
+        most = max(1, min(self._repeats, free // max(1, rows.rows)))
+        stop_s = until_s
+        if self.now_s < self._duration_s:
+            stop_s = min(stop_s, self.queue.next_arrival_s, self._duration_s)
+        for step in range(1, most + 1):
+            outcome = self._elapse(rows, decision)
+            rows.context_tokens += rows.rows
+            if self.now_s >= stop_s or step == most:
+                break
+            self._tell(outcome)
+        self._repeats -= step
+        rows.steps_left -= step
+        return step, outcome
+
+    def _elapse(self, rows: Rows, decision: Decision) -> StepOutcome:
+        """One step passes: priced, and noted."""
+        trace, in_service = self.trace, len(self.batch)
+        load = StepLoad(rows=rows.rows, context_tokens=rows.context_tokens, prefill_tokens=rows.prefill_tokens)
+        measured_s = self._cost.seconds(load, self.now_s)
+        predicted_s = self._controller.latency.predict_load(load)
+        self.now_s += measured_s
+        self._externality_s += decision.externality_s
+        trace.end_s.append(self.now_s)
         trace.step_s.append(measured_s)
-        trace.predicted_s.append(plan.predicted_s)
-        trace.rows.append(load.rows)
+        trace.predicted_s.append(predicted_s)
+        trace.rows.append(rows.rows)
         trace.prefill_tokens.append(load.prefill_tokens)
-        trace.emitted.append(emitted)
-        trace.requests.append(len(self._batch))
+        trace.requests.append(in_service)
+        trace.deferred.append(rows.deferred)
+        trace.emitted.append(rows.tokens)
+        trace.followed.append(rows.tokens)  # the first step of new rows is put right when it lands
+        ending = Ending.IGNORED if rows.preempted else self._ending(measured_s, predicted_s)
+        return StepOutcome(load=load, requests=in_service, measured_s=measured_s, ending=ending)
+
+    def _ending(self, measured_s: float, predicted_s: float) -> Ending:
+        if measured_s <= OVERRUN_RATIO * predicted_s:
+            self._overruns = 0
+            return Ending.CLEAN
+        self._overruns += 1
+        return Ending.OVERRUN if self._overruns <= OVERRUN_STREAK else Ending.CLEAN
+
+    def _tell(self, outcome: StepOutcome) -> None:
+        self._unobserved.append(outcome)
+        if len(self._unobserved) > self._lag_steps:
+            self._controller.observe(self._unobserved.popleft())

@@ -1,60 +1,51 @@
-"""Run -> the figures every table shows: the client's from `taper.goodput`, the engine's from the steps."""
+"""Trace -> the figures of a results file: the client's from `taper.goodput`, the engine's from the steps."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from array import array
+from dataclasses import replace
 
 import numpy as np
 
 from taper import goodput
+from taper.core.types import Floats
 from taper.goodput import Window
-from taper.sim.loop import Trace
+from taper.records import RequestRecord
+from taper.results import Conditions, EngineStats, Run
+from taper.sim.trace import Trace, gap_percentile_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """One run of one policy."""
+def summarise(conditions: Conditions, records: list[RequestRecord], traces: list[Trace], window: Window) -> Run:
+    """One run of one or several replicas. Figures over the window; requests in service in it are judged over their
+    whole life. Inter-token gaps are those whose second token came inside it.
 
-    policy: str
-    seed: int
-    client: goodput.Summary
-    step_mean_s: float
-    step_p99_s: float
-    rows_mean: float
-    requests_mean: float
-    prefill_mean_tokens: float
-    predictor_mape: float
-    steps: int
-    wall_s: float  # drain included
-
-    def as_dict(self) -> dict[str, float | str | None]:
-        """Flat, for tables and JSON."""
-        flat = asdict(self)
-        return {**flat.pop("client"), **flat}
+    Raises ValueError where no step ended inside: the run is too short for its ramp.
+    """
+    engine = _engine(traces, window)
+    client = replace(goodput.summarize(records, window), itl_p99_s=gap_percentile_s(traces, 99, window))
+    return Run(conditions=conditions, summary=client, engine=engine)
 
 
-def summarise(trace: Trace, window: Window, *, policy: str, seed: int) -> Summary:
-    """Figures over the window; requests in service in it are judged over their whole life."""
-    ends = np.array(trace.end_s)
-    inside = (ends >= window.start_s) & (ends < window.end_s)
-    if not inside.any():
+def _engine(traces: list[Trace], window: Window) -> EngineStats:
+    inside = [trace.inside(window) for trace in traces]
+    if not any(mask.any() for mask in inside):
         raise ValueError("no step ended inside the window: the run is too short for its ramp")
-    step_s = np.array(trace.step_s)[inside]
-    predicted_s = np.array(trace.predicted_s)[inside]
 
-    def mean(per_step: list[int]) -> float:
-        return float(np.array(per_step)[inside].mean())
+    def column(name: str) -> Floats:
+        steps: list[array[float]] = [getattr(trace, name) for trace in traces]
+        return np.concatenate([np.array(one, dtype=np.float64)[mask] for one, mask in zip(steps, inside, strict=True)])
 
-    return Summary(
-        policy=policy,
-        seed=seed,
-        client=goodput.summarize(trace.records, window),
+    step_s, predicted_s = column("step_s"), column("predicted_s")
+    return EngineStats(
+        predictor_mape=float(np.abs(predicted_s / step_s - 1).mean()),
+        steps=sum(len(trace.end_s) for trace in traces),
         step_mean_s=float(step_s.mean()),
         step_p99_s=float(np.percentile(step_s, 99)),
-        rows_mean=mean(trace.rows),
-        requests_mean=mean(trace.requests),
-        prefill_mean_tokens=mean(trace.prefill_tokens),
-        predictor_mape=float(np.abs(predicted_s / step_s - 1).mean()),
-        steps=len(ends),
-        wall_s=float(ends[-1]),
+        rows_mean=float(column("rows").mean()),
+        requests_mean=float(column("requests").mean()),
+        deferred_mean=float(column("deferred").mean()),
+        preemptions=sum(trace.preemptions for trace in traces),
+        recomputed_tokens=sum(trace.recomputed_tokens for trace in traces),
+        unserved=sum(trace.unserved for trace in traces),
+        drained_s=max(0.0, max(trace.end_s[-1] for trace in traces if trace.end_s) - window.end_s),
     )

@@ -110,7 +110,7 @@ def _decision(data: Mapping[str, Any]) -> Decision:
         view=StepView(**columns),
         latency=LinearLatency(**_only(LinearLatency, latency)),
         knobs=Knobs(**_only(Knobs, data["knobs"])),
-        guidance=Guidance(**_only(Guidance, data["guidance"])),
+        guidance=Guidance(**{name: _or_inf(value) for name, value in _only(Guidance, data["guidance"]).items()}),
         plan=Plan(
             run=_bools(plan["run"]),
             protected=_bools(plan["protected"]),

@@ -1,8 +1,9 @@
-"""Open-loop arrival times: a renewal process with gamma gaps, Poisson where the variation is 1."""
+"""Open-loop arrival times: a renewal process with gamma gaps (Poisson where their variation is 1), steady or bursty."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,29 +12,52 @@ from taper.core.types import ConfigError
 _STREAM = 1  # keeps gaps independent of the request drawn from the same (seed, index)
 
 
-def arrival_times(*, seed: int, rate_rps: float, cv: float = 1.0, horizon_s: float) -> Iterator[float]:
-    """Seconds from the start of the window, ascending, all below `horizon_s`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """How requests are spread in time; the mean rate is the caller's.
 
-    `cv` is the coefficient of variation of the gaps: 1 is Poisson, 0 a metronome, above 1 bursts. Gap i
-    depends on (seed, i) alone, so a longer horizon only adds arrivals. Raises ConfigError for a rate or cv
-    out of range.
+    `cv` is the coefficient of variation of the gaps: 1 is Poisson, 0 a metronome, above 1 clusters. With
+    `burst_period_s` all requests of a period come in its first `burst_share`, at the same mean rate.
     """
-    if not 0 < rate_rps < 1e6:
-        raise ConfigError(f"rate_rps must be above 0 and below 1e6 requests/s, not {rate_rps!r}")
-    if not 0 <= cv <= 100:
-        raise ConfigError(f"arrival_cv must be between 0 and 100, not {cv!r}")
-    at_s, index = 0.0, 0
-    while True:
-        at_s += _gap_s(seed, index, rate_rps, cv)
-        if at_s >= horizon_s:
-            return
-        yield at_s
-        index += 1
 
+    cv: float = 1.0
+    burst_period_s: float = 0.0  # 0: steady
+    burst_share: float = 1.0
 
-def _gap_s(seed: int, index: int, rate_rps: float, cv: float) -> float:
-    if cv == 0:
-        return 1.0 / rate_rps
-    shape = 1.0 / cv**2
-    draw = np.random.default_rng((seed, index, _STREAM)).gamma(shape)
-    return float(draw) / (shape * rate_rps)
+    def __post_init__(self) -> None:
+        if not 0 <= self.cv <= 100:
+            raise ConfigError(f"arrivals: cv must be between 0 and 100, not {self.cv!r}")
+        if not 0 <= self.burst_period_s < 1e6:
+            raise ConfigError(f"arrivals: burst_period_s must be between 0 and 1e6 s, not {self.burst_period_s!r}")
+        if not 0 < self.burst_share <= 1:
+            raise ConfigError(f"arrivals: burst_share must be above 0 and at most 1, not {self.burst_share!r}")
+
+    def times(self, *, seed: int, rate_rps: float, horizon_s: float) -> Iterator[float]:
+        """Seconds from the start of the run, ascending, all below `horizon_s`.
+
+        Gap i depends on (seed, i) alone, so a longer horizon only adds arrivals. Raises ConfigError for a rate
+        out of range.
+        """
+        if not 0 < rate_rps < 1e6:
+            raise ConfigError(f"rate_rps must be above 0 and below 1e6 requests/s, not {rate_rps!r}")
+        at_s, index = 0.0, 0
+        while True:
+            at_s += self._gap(seed, index) / rate_rps
+            due_s = self._squeezed(at_s)
+            if due_s >= horizon_s:
+                return
+            yield due_s
+            index += 1
+
+    def _gap(self, seed: int, index: int) -> float:
+        """In mean gaps."""
+        if self.cv == 0:
+            return 1.0
+        shape = 1.0 / self.cv**2
+        return float(np.random.default_rng((seed, index, _STREAM)).gamma(shape)) / shape
+
+    def _squeezed(self, at_s: float) -> float:
+        if not self.burst_period_s:
+            return at_s
+        period, inside_s = divmod(at_s, self.burst_period_s)
+        return period * self.burst_period_s + inside_s * self.burst_share

@@ -1,101 +1,102 @@
-"""Request shapes: serial chats beside requests that branch n ways from one prompt."""
+"""Request shapes: serial requests beside a share that branches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from taper.core.types import ConfigError
-from taper.records import Kind
-from taper.workload.prompts import branching_prompt, serial_prompt
+from taper.workload.branching import Branching, parse_branching, profile
+from taper.workload.lengths import Draw, Lengths, parse_draw
+from taper.workload.request import Request, Stage
 
-_STREAM = 0
+_STREAM = 0  # keeps a request's shape independent of its gap, which comes from the same (seed, index)
+_SHARE = ("branching_share", "branching_slo", "prompt", "serial", "slo_classes", "profile")
+
+
+def n_siblings() -> Branching:
+    """The branching requests of the demo: 4 to 16 equally long answers to one prompt."""
+    return Branching(at_arrival=True, equal=True, fanout=Lengths(low=4, high=16), branch=Lengths(low=48, high=72))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mix:
-    """Who asks for what. Ranges are inclusive and drawn from uniformly."""
+    """Who asks for what. The defaults are the demo's."""
 
     branching_share: float = 0.4
-    fan_out: tuple[int, int] = (4, 16)
-    serial_tokens: tuple[int, int] = (100, 150)
-    branch_tokens: tuple[int, int] = (48, 72)  # per branch; siblings get the same
+    prompt: Draw = Lengths(low=30, high=50)
+    serial: Draw = Lengths(low=100, high=150)  # output of a serial request
+    branching: Branching = field(default_factory=n_siblings)
+    # (share of requests, factor on the TPOT SLO); what is left over has factor 1.
+    slo_classes: tuple[tuple[float, float], ...] = ()
+    branching_slo: float = 1.0  # a further factor for requests that branch
 
     def __post_init__(self) -> None:
-        if not 0 <= self.branching_share <= 1:
-            raise ConfigError(f"branching_share must be between 0 and 1, not {self.branching_share!r}")
-        for name, least in (("fan_out", 2), ("serial_tokens", 1), ("branch_tokens", 1)):
-            low, high = getattr(self, name)
-            if not least <= low <= high:
-                raise ConfigError(f"{name} must be a range {least} <= low <= high, not {low}..{high}")
+        check_share(self.branching_share)
+        if not 0 < self.branching_slo < 1e3:
+            raise ConfigError(f"branching_slo must be above 0 and below 1000, not {self.branching_slo!r}")
+        for share, factor in self.slo_classes:
+            if not (0 <= share <= 1 and 0 < factor < 1e3):
+                raise ConfigError(f"slo_classes must be pairs of a share and a factor, not {share!r}, {factor!r}")
 
-    def scaled(self, factor: float) -> Mix:
-        """The same shape with other lengths, at least 2 tokens each; fan-out and shares stay."""
+    def scaled(self, factor: float, *, prompt: float = 1.0) -> Mix:
+        """The same shape with outputs `factor` and prompts `prompt` times as long; fan-outs and shares stay."""
+        return replace(
+            self,
+            prompt=self.prompt.scaled(prompt),
+            serial=self.serial.scaled(factor),
+            branching=self.branching.scaled(factor),
+        )
 
-        def scale(ends: tuple[int, int]) -> tuple[int, int]:
-            return max(2, round(ends[0] * factor)), max(2, round(ends[1] * factor))
+    def request(self, *, seed: int, index: int, arrival_s: float = 0.0) -> Request:
+        """Request number `index` of a run. A larger branching share only turns further requests into branching ones."""
+        rng = np.random.default_rng((seed, index, _STREAM))
+        branches = rng.random() < self.branching_share
+        factor = self._slo_factor(rng)
+        prompt_tokens, own_tokens = self.prompt.draw(rng), self.serial.draw(rng)
+        stages: tuple[Stage, ...] = self.branching.stages(rng, own_tokens) if branches else ((own_tokens,),)
+        return Request(
+            seed=seed,
+            index=index,
+            arrival_s=arrival_s,
+            prompt_tokens=prompt_tokens,
+            stages=stages,
+            slo_factor=factor * (self.branching_slo if branches else 1.0),
+        )
 
-        return replace(self, serial_tokens=scale(self.serial_tokens), branch_tokens=scale(self.branch_tokens))
-
-    @property
-    def mean_fan_out(self) -> float:
-        return sum(self.fan_out) / 2
-
-    @property
-    def mean_serial_tokens(self) -> float:
-        return sum(self.serial_tokens) / 2
-
-    @property
-    def mean_branch_tokens(self) -> float:
-        return sum(self.branch_tokens) / 2
-
-    @property
-    def mean_tokens(self) -> float:
-        """Output tokens of a request, all branches counted."""
-        branching = self.mean_fan_out * self.mean_branch_tokens
-        return self.branching_share * branching + (1 - self.branching_share) * self.mean_serial_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestSpec:
-    """One request of the mix; the same for every policy that is given the same (seed, index)."""
-
-    seed: int
-    index: int
-    kind: Kind
-    branches: int
-    max_tokens: int  # per branch, reached exactly: the end-of-text token is ignored
-    prompt: str
+    def _slo_factor(self, rng: np.random.Generator) -> float:
+        at = rng.random()
+        for share, factor in self.slo_classes:
+            if at < share:
+                return factor
+            at -= share
+        return 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """A request and when it is due, in seconds from the start of the window."""
-
-    offset_s: float
-    spec: RequestSpec
+def check_share(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"branching_share must be between 0 and 1, not {value!r}")
 
 
-def request(mix: Mix, *, seed: int, index: int) -> RequestSpec:
-    """Request number `index` of a run; depends on nothing but the arguments."""
-    rng = np.random.default_rng((seed, index, _STREAM))
-    branching = bool(rng.random() < mix.branching_share)
-    lengths = mix.branch_tokens if branching else mix.serial_tokens
-    branches = int(rng.integers(mix.fan_out[0], mix.fan_out[1] + 1)) if branching else 1
-    return RequestSpec(
-        seed=seed,
-        index=index,
-        kind="branching" if branching else "serial",
-        branches=branches,
-        max_tokens=int(rng.integers(lengths[0], lengths[1] + 1)),
-        prompt=branching_prompt(rng) if branching else serial_prompt(rng),
-    )
-
-
-def schedule(mix: Mix, arrivals_s: Iterable[float], *, seed: int) -> tuple[Planned, ...]:
-    """Request i at the i-th arrival."""
-    return tuple(
-        Planned(offset_s=at_s, spec=request(mix, seed=seed, index=index)) for index, at_s in enumerate(arrivals_s)
-    )
+def parse_mix(table: Mapping[str, Any], where: str) -> Mix:
+    """A mix from a flat table: `branching_share`, `branching_slo`, `prompt`, `serial`, `slo_classes`, and either
+    `profile` (a name) or the fields of `Branching`. Raises ConfigError naming `where`."""
+    values: dict[str, Any] = {key: table[key] for key in ("branching_share", "branching_slo") if key in table}
+    values |= {key: parse_draw(table[key], f"{where}: {key}") for key in ("prompt", "serial") if key in table}
+    if "slo_classes" in table:
+        values["slo_classes"] = tuple((float(share), float(factor)) for share, factor in table["slo_classes"])
+    shape = {key: value for key, value in table.items() if key not in _SHARE}
+    if "profile" in table:
+        if shape:
+            raise ConfigError(f"{where}: profile and {sorted(shape)[0]} do not go together")
+        branching = profile(table["profile"])
+        if branching is None:
+            values["branching_share"] = 0.0
+        else:
+            values["branching"] = branching
+    elif shape:
+        values["branching"] = parse_branching(shape, where)
+    return Mix(**values)

@@ -1,11 +1,20 @@
-"""A bank of short prompts (15-60 tokens), combined so that no two neighbours share a beginning.
+"""Prompts of a request: text from a bank of short questions, or token ids of an exact number.
 
-Serial prompts ask one question; branching prompts ask for something worth several independent tries.
+Serial prompts ask one question; branching prompts ask for something worth several independent tries. No two
+neighbours share a beginning: a prefix cache must not find one prompt inside another.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from numpy.random import Generator
+
+from taper.workload.request import Request
+
+_STREAM = 3
+_TOKENS_PER_WORD = 1.3  # of plain English, in the vocabularies of today's models
+# Ids that every current vocabulary has and that stand for no control token.
+TOKEN_IDS = (1000, 30_000)
 
 _TOPICS = (
     "a lighthouse keeper on a rocky island",
@@ -88,19 +97,32 @@ _BRANCHING = (
 _NAMES = ("Ada", "Bruno", "Carla", "Deniz", "Elif", "Femi", "Greta", "Hugo", "Ines", "Jonas", "Kaya", "Lena")
 
 
-def serial_prompt(rng: Generator) -> str:
-    return _fill(_SERIAL, rng)
+def prompt_text(request: Request) -> str:
+    """About `prompt_tokens` tokens of plain English, at least one sentence; the same for the same (seed, index)."""
+    rng = _rng(request)
+    templates = _BRANCHING if request.branching else _SERIAL
+    # A salutation with a number first makes the beginning its own.
+    text = f"{_NAMES[int(rng.integers(len(_NAMES)))]} ({int(rng.integers(100, 1000))}) asks: {_fill(templates, rng)}"
+    words = len(text.split())
+    parts = [text]
+    while (words + 10) * _TOKENS_PER_WORD < request.prompt_tokens:
+        parts.append(_fill(templates, rng))
+        words += len(parts[-1].split())
+    return " ".join(parts)
 
 
-def branching_prompt(rng: Generator) -> str:
-    return _fill(_BRANCHING, rng)
+def prompt_ids(request: Request) -> list[int]:
+    """Exactly `prompt_tokens` ids drawn from `TOKEN_IDS`; the same for the same (seed, index)."""
+    return [int(token) for token in _rng(request).integers(*TOKEN_IDS, request.prompt_tokens)]
+
+
+def _rng(request: Request) -> Generator:
+    return np.random.default_rng((request.seed, request.index, _STREAM))
 
 
 def _fill(templates: tuple[str, ...], rng: Generator) -> str:
     template = templates[int(rng.integers(len(templates)))]
-    text = template.format(
+    return template.format(
         topic=_TOPICS[int(rng.integers(len(_TOPICS)))],
         audience=_AUDIENCES[int(rng.integers(len(_AUDIENCES)))],
     )
-    # A salutation with a number first: a prefix cache must not find one prompt inside another.
-    return f"{_NAMES[int(rng.integers(len(_NAMES)))]} ({int(rng.integers(100, 1000))}) asks: {text}"

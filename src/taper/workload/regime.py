@@ -5,8 +5,8 @@ service, for every policy alike; arrivals come faster than they can be served, s
 
 * `off` runs one row per request: K rows. Its step is short, every serial request is well within a tight
   SLO, and most of the step is the fixed cost a: throughput is left on the table.
-* `eager` runs every branch. By Little's law the share of in-flight requests that branch is
-  f = p*Lb / (p*Lb + (1-p)*Ls), p the branching share and L the tokens per row: K * (1 + (n-1) f) rows.
+* `eager` runs every branch. A request with L output tokens and a critical path of C (the longest branch of each
+  stage, one after the other) is in service for C steps instead of L: K * L / C rows, with means over requests.
 * An SLO between the two mean steps is one that `off` meets with room to spare and `eager` breaks for
   every serial request; the rows in between are what an admission controller can add without a miss.
 
@@ -23,11 +23,14 @@ The bound that follows from the law alone: rows at the SLO over the SLO, against
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from taper.core.latency import LinearLatency
-from taper.core.types import ConfigError, Slo
-from taper.workload.mix import Mix
+from taper.core.types import ConfigError, Slo, check_range
+from taper.workload.demand import Demand
+from taper.workload.source import Source, Synthetic
+
+MAX_CONCURRENCY = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +38,10 @@ class Regime:
     """A load and a promise: everything the demo and the bench need to know about one operating point."""
 
     name: str
-    mix: Mix
+    source: Source
     rate_rps: float
     max_concurrency: int  # requests in service at once, for every policy; the others wait at the client
     slo: Slo
-    arrival_cv: float = 1.0
     reason: str = ""  # how it was chosen, for the reader of the output
 
 
@@ -54,83 +56,116 @@ class OperatingPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a request costs besides its output tokens."""
+    """What a request costs besides its prompt and its output tokens."""
 
-    prompt_tokens: float = 70.0  # chat template included
-    cached_tokens: float = 32.0  # of these found in the prefix cache: the template's system prompt
+    template_tokens: float = 32.0  # chat template around the prompt, found in the prefix cache
     branch_prefill_tokens: float = 16.0  # recomputed per sibling: half a KV block
 
 
 def operating_point(
-    law: LinearLatency, mix: Mix, *, concurrency: int, width: float, footprint: Footprint | None = None
+    law: LinearLatency, demand: Demand, *, concurrency: int, eager: bool, footprint: Footprint | None = None
 ) -> OperatingPoint:
-    """Mean rows, step time and throughput when branching requests run `width` rows (inf: all of them)."""
+    """Mean rows, step time and throughput with one row per request, or with every branch in every step."""
     cost = footprint or Footprint()
-    width = min(width, mix.mean_fan_out)
-    serial_steps = (1 - mix.branching_share) * mix.mean_serial_tokens
-    branching_steps = mix.branching_share * mix.mean_branch_tokens * mix.mean_fan_out / width
-    branching = branching_steps / (serial_steps + branching_steps)
-    rows = concurrency * (1 - branching + width * branching)
-    context = rows * (cost.prompt_tokens + (mix.mean_serial_tokens + mix.mean_branch_tokens) / 4)
-    prefill_per_request = cost.prompt_tokens - cost.cached_tokens
-    prefill_per_request += mix.branching_share * mix.mean_fan_out * cost.branch_prefill_tokens
-    # rows tokens leave per step, so rows / mean_tokens requests start per step
-    prefill = prefill_per_request * rows / mix.mean_tokens
+    rows = concurrency * (demand.eager_width if eager else 1.0)
+    prefill_per_request = demand.prompt_tokens + demand.join_tokens + demand.siblings * cost.branch_prefill_tokens
+    # rows tokens leave per step, so rows / tokens requests start per step
     step_s = law.scale * (
-        law.base_s + law.row_s * rows + law.context_s * context + law.prefill_scale * law.prefill_s * prefill
+        law.base_s
+        + law.row_s * rows
+        + law.context_s * rows * (demand.context_tokens + cost.template_tokens)
+        + law.prefill_scale * law.prefill_s * prefill_per_request * rows / demand.tokens
     )
     return OperatingPoint(rows=rows, step_s=step_s, tok_s=rows / step_s)
+
+
+def concurrency_for(law: LinearLatency, demand: Demand, *, fill: float, footprint: Footprint | None = None) -> int:
+    """K = `fill` * a / b_row, at least 4 and at most 256. Raises ConfigError where rows cost nothing."""
+    cost = footprint or Footprint()
+    row_s = law.row_s + law.context_s * (demand.context_tokens + cost.template_tokens)
+    if row_s <= 0:
+        raise ConfigError("the latency law prices rows at zero: no load makes branches compete")
+    return int(min(MAX_CONCURRENCY, max(4, round(fill * law.base_s / row_s))))
 
 
 def contended(
     law: LinearLatency,
     *,
-    mix: Mix | None = None,
+    source: Source | None = None,
+    concurrency: int | None = None,
     fill: float = 0.4,
     slo_between: float = 0.6,
+    tpot_slo_s: float | None = None,
     load: float = 2.0,
-    longest_s: float = 15.0,
+    rate_rps: float | None = None,
+    longest_s: float | None = 8.0,
     ttft_slo_s: float = 60.0,
     footprint: Footprint | None = None,
 ) -> Regime:
     """The contended regime of a machine with this law.
 
-    `slo_between` places the SLO between the mean step of off (0) and of eager (1); `load` is the offered load
-    over the throughput at a step as long as that SLO. Where a mean branching request would take more than
-    `longest_s` at width 1, all lengths shrink by the same factor: a window of seconds has to hold many requests.
-    Raises ConfigError where the law leaves no room.
+    `slo_between` places the SLO between the mean step of off (0) and of eager (1), unless `tpot_slo_s` gives it;
+    `load` is the offered load over the throughput at a step as long as that SLO, unless `rate_rps` gives the rate.
+    Where a mean request would decode for more than `longest_s` at width 1, all outputs shrink by the same factor: a
+    window of seconds has to hold many requests. Raises ConfigError where the law leaves no room.
     """
-    mix = mix or Mix()
-    cost = footprint or Footprint()
-    mean_context = cost.prompt_tokens + (mix.mean_serial_tokens + mix.mean_branch_tokens) / 4
-    row_s = law.row_s + law.context_s * mean_context
-    if row_s <= 0:
-        raise ConfigError("the latency law prices rows at zero: no load makes branches compete")
-    concurrency = int(min(256, max(4, round(fill * law.base_s / row_s))))
-    off = operating_point(law, mix, concurrency=concurrency, width=1, footprint=cost)
-    alone_s = mix.mean_fan_out * mix.mean_branch_tokens * off.step_s
-    if mix.branching_share and alone_s > longest_s:
-        mix = mix.scaled(longest_s / alone_s)
-        off = operating_point(law, mix, concurrency=concurrency, width=1, footprint=cost)
-    eager = operating_point(law, mix, concurrency=concurrency, width=float("inf"), footprint=cost)
-    tpot_s = round(off.step_s + slo_between * (eager.step_s - off.step_s), 4)
-    if not off.step_s < tpot_s < eager.step_s:
-        raise ConfigError("no SLO fits between off and eager: the mix has no branches worth regulating")
-    share = (tpot_s - off.step_s) / (eager.step_s - off.step_s)
-    at_slo_tok_s = (off.rows + share * (eager.rows - off.rows)) / tpot_s
-    rate_rps = round(load * at_slo_tok_s / mix.mean_tokens, 3)
+    source = source or Synthetic()
+    demand = source.demand()
+    requests = concurrency or concurrency_for(law, demand, fill=fill, footprint=footprint)
+    if longest_s is not None:
+        factor = output_factor(source, law, concurrency=requests, longest_s=longest_s, footprint=footprint)
+        source = source.scaled(factor)
+        demand = source.demand()
+    off, eager = (
+        operating_point(law, demand, concurrency=requests, eager=width, footprint=footprint) for width in (False, True)
+    )
+    if tpot_slo_s is None:
+        tpot_slo_s = round(off.step_s + slo_between * (eager.step_s - off.step_s), 4)
+        if not off.step_s < tpot_slo_s < eager.step_s:
+            raise ConfigError("no SLO fits between off and eager: the mix has no branches worth regulating")
+    at_slo_tok_s = tok_s_at(tpot_slo_s, off, eager)
+    if rate_rps is None:
+        rate_rps = round(load * at_slo_tok_s / demand.tokens, 3)
     reason = (
         f"law: off {off.step_s * 1e3:.1f} ms/step at {off.rows:.0f} rows,"
         f" eager {eager.step_s * 1e3:.1f} ms at {eager.rows:.0f};"
-        f" SLO {tpot_s * 1e3:.1f} ms lies {slo_between:.0%} of the way;"
-        f" offered {rate_rps:.2f} req/s = {load:.2f} x what fits the SLO,"
-        f" at most {concurrency} requests in service; bound {at_slo_tok_s / off.tok_s:.2f} x off"
+        f" SLO {tpot_slo_s * 1e3:.1f} ms;"
+        f" offered {rate_rps:.2f} req/s = {rate_rps * demand.tokens / at_slo_tok_s:.2f} x what fits the SLO,"
+        f" at most {requests} requests in service; bound {at_slo_tok_s / off.tok_s:.2f} x off"
     )
     return Regime(
         name="contended",
-        mix=mix,
+        source=source,
         rate_rps=rate_rps,
-        max_concurrency=concurrency,
-        slo=Slo(tpot_s=tpot_s, ttft_s=ttft_slo_s),
+        max_concurrency=requests,
+        slo=Slo(tpot_s=tpot_slo_s, ttft_s=ttft_slo_s),
         reason=reason,
     )
+
+
+def tok_s_at(tpot_slo_s: float, off: OperatingPoint, eager: OperatingPoint) -> float:
+    """Throughput at a step as long as the SLO: rows interpolated between off and eager, never beyond either."""
+    check_range("tpot_slo_s", tpot_slo_s, low=1e-4, high=60, unit="s")
+    if eager.step_s <= off.step_s or tpot_slo_s <= off.step_s:
+        return off.tok_s
+    share = min(1.0, (tpot_slo_s - off.step_s) / (eager.step_s - off.step_s))
+    return (off.rows + share * (eager.rows - off.rows)) / (off.step_s + share * (eager.step_s - off.step_s))
+
+
+def output_factor(
+    source: Source, law: LinearLatency, *, concurrency: int, longest_s: float, footprint: Footprint | None = None
+) -> float:
+    """The factor, at most 1, on outputs with which a mean request decodes for `longest_s` at width 1, within a tenth.
+
+    Prefill is left out: it does not get less with shorter outputs.
+    """
+    decode = replace(law, prefill_s=0.0)
+    factor = 1.0
+    for _ in range(6):  # shorter outputs have less context, too
+        demand = source.scaled(factor).demand()
+        step_s = operating_point(decode, demand, concurrency=concurrency, eager=False, footprint=footprint).step_s
+        alone_s = demand.off_steps * step_s
+        if alone_s <= 1.1 * longest_s:
+            break
+        factor *= longest_s / alone_s
+    return factor

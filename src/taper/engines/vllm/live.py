@@ -100,8 +100,11 @@ def slack_quantiles_s(taper: Regulator) -> list[float] | None:
         return None
     view = taper.onlooker.last_decision.frame.view
     live_branches = np.bincount(view.request, minlength=len(view.tokens))
-    knobs, margin = taper.controller.knobs, taper.controller.guidance.margin
-    allowed = slack.allowed_s(view, slack.credit_s(view), live_branches, knobs=knobs, margin=margin)[decoding(view)]
+    knobs, guidance = taper.controller.knobs, taper.controller.guidance
+    remaining = slack.remaining_tokens(view, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens)
+    credit = slack.credit_s(view)
+    allowed = slack.allowed_s(view, credit, live_branches, remaining, knobs=knobs, margin=guidance.margin)
+    allowed = allowed[decoding(view)]
     return [float(allowed.min()), float(np.median(allowed))] if len(allowed) else None
 
 

@@ -1,0 +1,126 @@
+"""What each part of policy `taper` is worth: the simulated suite with one part taken out at a time.
+
+    python benchmarks/ablation.py [--hardware NAME] [--seeds N] [--scenarios NAMES] [--without PARTS] [--json PATH]
+
+Per part: mean over the scenarios of goodput and of utility (goodput x min(1, attainment / 0.95)^4) against the whole
+controller, medians over the seeds, and the scenario that suffers most. Every run is that of `taper simulate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+import taper.sim.run as sim
+from taper.core import policies, slack
+from taper.core.types import Knobs
+from taper.sim.hardware import hardware
+from taper.sim.scenario import load, names
+
+TARGET = 0.95
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The whole controller but for one part: a knob at the value that switches it off, or a function replaced."""
+
+    knobs: Knobs = field(default_factory=Knobs)
+    replaced: dict[str, object] = field(default_factory=dict)  # "module.function" -> stand-in
+
+
+def _nobody_is_hopeless(credit, tpot_slo_s, live, remaining, baseline_s):
+    return np.zeros(len(credit), dtype=np.bool_)
+
+
+def _no_prefill_limit(view, predict, knobs, room_s):
+    return view.max_prefill_tokens
+
+
+def _debt_over_the_horizon(view, *, knobs, mean_output_tokens):
+    return np.zeros(len(view.tokens))
+
+
+BASE = Knobs()
+VARIANTS = {
+    "nothing": Variant(),
+    "outer loop (floor)": Variant(replace(BASE, throughput_floor=0)),
+    "hopeless exclusion": Variant(replaced={"slack.hopeless": _nobody_is_hopeless}),
+    "prefill bound": Variant(replaced={"policies.prefill_limit": _no_prefill_limit}),
+    "margin feedback": Variant(replace(BASE, margin_gain=0.0)),
+    "predictor correction": Variant(replace(BASE, correction_rate=0.0)),
+    "pacing (H = 1)": Variant(replace(BASE, horizon_steps=1)),
+    "debt over the life left": Variant(replaced={"slack.remaining_tokens": _debt_over_the_horizon}),
+    "bank (4096 SLOs)": Variant(replace(BASE, bank_slos=4096)),
+    "margin (0)": Variant(replace(BASE, margin=0.0)),
+    "quantum (1)": Variant(replace(BASE, quantum_tokens=1)),
+}
+
+
+def run(case: tuple[str, sim.Case]) -> tuple[float, float]:
+    """Goodput and attainment of one case under the named variant, in whatever process."""
+    name, one = case
+    variant = VARIANTS[name]
+    modules = {"slack": slack, "policies": policies}
+    shipped = {path: getattr(modules[path.split(".")[0]], path.split(".")[1]) for path in variant.replaced}
+    for path, stand_in in variant.replaced.items():
+        setattr(modules[path.split(".")[0]], path.split(".")[1], stand_in)
+    try:
+        summary = sim.run(replace(one, knobs=variant.knobs)).summary
+    finally:
+        for path, original in shipped.items():
+            setattr(modules[path.split(".")[0]], path.split(".")[1], original)
+    return summary.goodput_tok_s, summary.attainment or 0.0
+
+
+def utility(goodput: float, attainment: float) -> float:
+    return goodput * min(1.0, attainment / TARGET) ** 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", default="a100x8-qwen3-32b")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--scenarios", default=",".join(n for n in names() if n not in ("trace", "headline-one-slo")))
+    parser.add_argument("--without", default=",".join(VARIANTS), help="Parts, by comma.")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    machine, scenarios = hardware(options.hardware), options.scenarios.split(",")
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    with ProcessPoolExecutor(2) as pool:
+        for name in options.without.split(","):
+            cases = [
+                (name, sim.Case(scenario=load(scenario), machine=machine, policy="taper", seed=seed))
+                for scenario in scenarios
+                for seed in range(options.seeds)
+            ]
+            results = list(pool.map(run, cases))
+            for at, scenario in enumerate(scenarios):
+                mine = results[at * options.seeds : (at + 1) * options.seeds]
+                found.setdefault(name, {})[scenario] = (
+                    statistics.median(goodput for goodput, _ in mine),
+                    statistics.median(attainment for _, attainment in mine),
+                )
+            _print(name, found[name], found[options.without.split(",")[0]])
+    if options.json:
+        options.json.write_text(json.dumps({"schema": "taper.ablation/1", "results": found}, indent=1) + "\n")
+
+
+def _print(name: str, mine: dict[str, tuple[float, float]], whole: dict[str, tuple[float, float]]) -> None:
+    goodput = statistics.mean(mine[s][0] / whole[s][0] for s in whole if whole[s][0])
+    ratios = {s: utility(*mine[s]) / utility(*whole[s]) for s in whole if utility(*whole[s])}
+    worst = min(ratios, key=ratios.__getitem__)
+    print(
+        f"| {name:24} | {goodput:.3f} | {statistics.mean(ratios.values()):.3f} | {worst} "
+        f"{mine[worst][0]:.0f} / {mine[worst][1]:.3f}, with it {whole[worst][0]:.0f} / {whole[worst][1]:.3f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from taper.core.types import ConfigError
+from taper.profile import Profile, ProfileKey, save_profile
+from taper.sim.hardware import HARDWARE, UNBOUNDED, hardware
+
+
+def profile(path: Path, *, row_s: float, prefill_s: float, fit: dict[str, float], sizes: tuple[int, ...] = ()) -> Path:
+    key = ProfileKey(model="org/model", dtype="bfloat16", device="card", parallel="tp1-pp1-dp1", vllm="0.32.0")
+    coefficients = {"base_s": 10e-3, "row_s": row_s, "context_s": 0.0, "prefill_s": prefill_s}
+    return save_profile(Profile(key=key, coefficients=coefficients, capture_sizes=sizes, fit=fit), path)
+
+
+def test_a_calibrated_profile_is_a_machine(tmp_path: Path) -> None:
+    path = profile(tmp_path / "p.json", row_s=100e-6, prefill_s=50e-6, fit={"noise_floor": 0.04}, sizes=(1, 2, 4))
+    machine = hardware(str(path))
+    assert (machine.name, machine.base_s, machine.row_s, machine.prefill_s) == ("model on card", 10e-3, 100e-6, 50e-6)
+    assert (machine.capture_sizes, machine.kv_tokens, machine.max_rows) == ((1, 2, 4), UNBOUNDED, UNBOUNDED)
+    assert machine.noise == pytest.approx(0.04 * 1.2533)
+    assert machine.nominal_requests == 76  # 0.76 * 10 ms / 100 us
+    assert (machine.output_scale, machine.max_batched_tokens) == (1.0, 2048)
+
+
+def test_a_slow_prefill_means_short_requests(tmp_path: Path) -> None:
+    machine = hardware(str(profile(tmp_path / "p.json", row_s=500e-6, prefill_s=300e-6, fit={})))
+    like = HARDWARE["cpu-smollm2"]
+    assert (machine.output_scale, machine.prompt_scale) == (like.output_scale, like.prompt_scale)
+    assert (machine.noise, machine.nominal_requests) == (like.noise, 15)
+
+
+def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        hardware(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text(json.dumps({"schema": "x"}), "utf-8")
+    with pytest.raises(ConfigError, match="schema is 'x'"):
+        hardware(str(tmp_path / "bad.json"))
+    free = profile(tmp_path / "free.json", row_s=0.0, prefill_s=1e-6, fit={})
+    with pytest.raises(ConfigError, match="prices rows at zero"):
+        hardware(str(free))
