@@ -7,7 +7,7 @@ SHELL := bash
 BIN := .venv/bin
 export EXTRA PYTHON TORCH_INDEX_URL
 
-.PHONY: help setup demo test test-fast lint format bench-decide doctor model clean distclean
+.PHONY: help setup demo test test-fast lint format bench-decide bench-neutrality bench-visibility doctor model clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench-decide: setup ## how long one decision takes at 256 and 4096 rows
 
 bench-neutrality: setup ## throughput without branches, TAPER against a stock server
 	@$(BIN)/python benchmarks/neutrality.py $(ARGS)
+
+bench-visibility: setup ## throughput while watched (trace, metrics, live page), against unwatched
+	@$(BIN)/python benchmarks/visibility.py $(ARGS)
 
 doctor: setup ## what works here and what does not
 	@$(BIN)/taper doctor $(ARGS)

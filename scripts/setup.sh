@@ -3,6 +3,8 @@
 #
 #   EXTRA=cpu|cuda   which build of vLLM (default: the one already in .venv, else cpu)
 #   TORCH_INDEX_URL=...  where the pinned CPU build of torch is, should your package index lack it
+#   TEST_TOOLS=1     with root on Debian or Ubuntu: also install chromium and prometheus where they are missing
+#                    (CI sets it; the tests that need them are skipped without)
 #   PYTHON=...       interpreter to use (default: the first of Python 3.11, 3.12, 3.13 that is found)
 #
 # Interrupted at any point, the next run starts again from an empty .venv.
@@ -90,6 +92,18 @@ install_packages() {
   die "pip could not install the packages; everything it said is in $LOG"
 }
 
+# Never fails: what is missing afterwards is named by the tests that skip for it.
+test_tools() {
+  local -a missing=()
+  command -v chromium >/dev/null || missing+=(chromium fonts-dejavu-core)
+  command -v prometheus >/dev/null || missing+=(prometheus)
+  if [[ ${TEST_TOOLS:-} != 1 || ${#missing[@]} == 0 || $EUID != 0 ]] || ! command -v apt-get >/dev/null; then return; fi
+  export DEBIAN_FRONTEND=noninteractive
+  run "test tools: package lists" apt-get update || true
+  run "test tools: ${missing[*]}" apt-get install -y --no-install-recommends "${missing[@]}" \
+    || say "could not install ${missing[*]}; the tests that need them are skipped ($LOG says why)"
+}
+
 main() {
   local extra key python
   extra=$(wanted_extra)
@@ -127,3 +141,4 @@ if command -v flock >/dev/null; then
   flock -n 9 || { say "another set-up is running; waiting"; flock 9; }
 fi
 main
+test_tools

@@ -14,9 +14,9 @@ import taper
 ROOT = Path(taper.__file__).parent
 FLOORS = (
     {"core"},
-    {"config", "claims", "profile", "records", "goodput", "results", "model", "gguf_convert", "workload"},
+    {"config", "claims", "profile", "records", "trace", "goodput", "results", "model", "gguf_convert", "workload"},
     {"sim", "engines", "forkjoin", "client", "bench"},
-    {"doctor", "demo", "benchmark", "fleet", "bench_commands", "sim_commands", "cli", "vllm_plugin"},
+    {"doctor", "demo", "top", "benchmark", "fleet", "bench_commands", "sim_commands", "cli", "vllm_plugin"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MIDDLE = 2

@@ -112,11 +112,16 @@ def _server_options(command: Any) -> Any:
     "--taper-calibration-s", "calibration_s", type=float, default=45.0, show_default=True, metavar="S",
     help="Time a calibration at start may take.",
 )  # fmt: skip
+@click.option(
+    "--taper-trace", "trace", metavar="PATH",
+    help="Write every planned step there as JSON lines; bounded and rotating. For taper replay.",
+)  # fmt: skip
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [VLLM FLAGS]...")
 def serve(
     args: Sequence[str],
     profile: str,
     calibration_s: float,
+    trace: str | None,
     policy: str | None,
     tpot_ms: float | None,
     ttft_ms: float | None,
@@ -129,6 +134,8 @@ def serve(
     unless --host says otherwise. TAPER_CONFIG, where set, holds the settings that the flags below do not name.
     """
     config = _config(policy, tpot_ms, ttft_ms, knobs, allow_control=taper_allow_control)
+    if trace is not None:
+        config = replace(config, trace=_writable(trace))
     check_range("--taper-calibration-s", calibration_s, low=5, high=3600, unit="s")
     model, rest = _model_and_flags(args)
     from taper.engines.vllm.supervise import AUTO, SKIP, ServeOptions
@@ -197,6 +204,44 @@ def calibrate(args: Sequence[str], budget_s: float, output: Path | None, url: st
     out.print(f"{done.profile.key}, measured for {done.seconds:.0f} s", highlight=False, soft_wrap=True)
     out.print(report.calibration_report(done.fit, done.samples), highlight=False)
     out.print(f"profile: {path}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--once", is_flag=True, help="Print one picture and end; status 1 if the server does not answer.")
+def top(url: str, once: bool) -> int:
+    """Watch the TAPER server at URL: requests, branches, step time against budget. Ctrl-C ends it."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"URL must begin with http:// or https://, not {url!r}")
+    from taper.top import top as watch
+
+    return watch(url.rstrip("/"), Console(), once=once)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--policy", metavar="NAME", help="Decide with this policy; default: with the one recorded.")
+@click.option("--steps", "shown", type=click.IntRange(0, 1000), default=10, show_default=True, help="How many to show.")
+@click.option("--perfetto", type=click.Path(dir_okay=False, path_type=Path), help="Write a file for ui.perfetto.dev.")
+def replay(path: Path, policy: str | None, shown: int, perfetto: Path | None) -> int:
+    """Decide the steps of a trace (taper serve --taper-trace) again, and show where and why the plans differ.
+
+    With the recorded policy the plans must be the same; exit status 1 if they are not.
+    """
+    from taper.trace import perfetto as chrome
+    from taper.trace.file import read_trace
+    from taper.trace.replay import replay as decide_again
+    from taper.trace.report import render
+
+    if perfetto is not None:
+        with perfetto.open("w", encoding="utf-8") as out:
+            count = chrome.export(read_trace(path), out)
+        click.echo(f"{count} events: {perfetto}", err=True)
+    found = decide_again(
+        read_trace(path), None if policy is None else resolve_policy(policy), resolve_policy, shown=shown
+    )
+    render(found, policy, Console())
+    return int(policy is None and found.identical < found.decisions)
 
 
 @cli.command()
@@ -280,6 +325,14 @@ def _config(
         knobs=settings(Knobs, {**asdict(base.knobs), **_knobs(knobs)}, "--taper-knob"),
         allow_control=base.allow_control or allow_control,
     )
+
+
+def _writable(path: str) -> str:
+    """The absolute path of a file to write to. Raises `ConfigError` before an engine is started for nothing."""
+    target = Path(path).absolute()
+    if target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigError(f"--taper-trace {path}: not a file that can be written")
+    return str(target)
 
 
 def _knobs(texts: Sequence[str]) -> Mapping[str, float]:

@@ -36,11 +36,17 @@ class ServerConfig:
     allow_control: bool = False  # may anyone past the server's own authentication change policy and SLO
     control_token: str | None = None  # the parent process's own right to do so
     record_steps: int = 4096  # step records kept for whoever asks
+    trace: str | None = None  # file that every planned step is written to; None: no trace
+    trace_mib: int = 64  # of one trace file; one full one is kept beside it
 
     def __post_init__(self) -> None:
         resolve_policy(self.policy)
         if not isinstance(self.record_steps, int) or not 1 <= self.record_steps <= 1_000_000:
             raise ConfigError(f"record_steps must be an integer from 1 to 1000000, not {self.record_steps!r}")
+        if self.trace is not None and (not isinstance(self.trace, str) or not self.trace):
+            raise ConfigError(f"trace must be the path of a file, not {self.trace!r}")
+        if not isinstance(self.trace_mib, int) or not 1 <= self.trace_mib <= 65536:
+            raise ConfigError(f"trace_mib must be an integer from 1 to 65536 MiB, not {self.trace_mib!r}")
         if not isinstance(self.allow_control, bool):
             raise ConfigError(f"allow_control must be true or false, not {self.allow_control!r}")
         if self.profile is not None and not isinstance(self.profile, dict):

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Add taper_snapshot, taper_configure and taper_drain_steps to EngineCore. Idempotent.
+    """Add taper_snapshot, taper_live, taper_configure and taper_drain_steps to EngineCore. Idempotent.
 
     They answer {"error": ...} (or no steps) on an engine with another scheduler.
     """

@@ -14,8 +14,9 @@ from taper.model import embedded_model
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "vllm.log"
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "vllm.log"
     # A tight SLO: on any machine some branches are deferred and some held.
-    config = ServerConfig(slo=Slo(tpot_s=0.03))
+    config = ServerConfig(slo=Slo(tpot_s=0.03), trace=str(folder / "trace.jsonl"))
     with Server(str(embedded_model()), config=config, embedded=True, log=log) as running:
         yield running

@@ -130,7 +130,9 @@ def ask(method, path, *, answer=None, config=None, monkeypatch=None, has_engine=
 
     async def run():
         plugin.attach_router(app)
-        await plugin.init_state(SimpleNamespace(engine_core=engines) if has_engine else None, app.state, None)
+        vllm_config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
+        engine = SimpleNamespace(engine_core=engines, vllm_config=vllm_config)
+        await plugin.init_state(engine if has_engine else None, app.state, SimpleNamespace(api_key=None))
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **kwargs)

@@ -49,6 +49,12 @@ class Controller:
         return self._learning
 
     @property
+    def in_force(self) -> Policy:
+        """The policy that decides: `COLD_START` while one that relies on the predictor has only a guess."""
+        cold = self.learning and not (self.policy.is_stock or isinstance(self.policy, FixedCap))
+        return COLD_START if cold else self.policy
+
+    @property
     def guidance(self) -> Guidance:
         return Guidance(
             margin=min(self.knobs.margin + self._margin_offset, MARGIN_MAX),
@@ -58,9 +64,7 @@ class Controller:
 
     def decide(self, view: StepView) -> Plan:
         """The rows of the next step. Raises only on a malformed view or a faulty plug-in policy."""
-        cold = self.learning and not (self.policy.is_stock or isinstance(self.policy, FixedCap))
-        policy = COLD_START if cold else self.policy
-        return policy(view, self.latency, self.knobs, self.guidance)
+        return self.in_force(view, self.latency, self.knobs, self.guidance)
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from a step the engine ran, planned by `decide` or, where there was nothing to decide, not."""

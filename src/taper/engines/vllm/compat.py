@@ -245,6 +245,24 @@ def engine_core_class() -> Any:
     return EngineCore
 
 
+def engine_ranks(engine_client: Any) -> list[int]:
+    """The data-parallel rank of each engine replica, in the order in which `call_engines` answers."""
+    core = engine_client.engine_core
+    return [int(rank) for rank in getattr(core, "engine_ranks_managed", range(len(core.core_engines)))]
+
+
+def served_model(engine_client: Any) -> str:
+    """The name that vLLM's own metrics carry as `model_name`."""
+    return str(engine_client.vllm_config.model_config.served_model_name)
+
+
+def prometheus_registry() -> Any:
+    """What vLLM's `/metrics` shows: with several API processes, the files that all of them write."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return get_prometheus_registry()
+
+
 async def call_engines(engine_client: Any, method: str, *args: Any) -> list[Any]:
     """Call an EngineCore method on every engine replica this API server talks to; one result each."""
     core = engine_client.engine_core

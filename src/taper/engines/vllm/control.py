@@ -13,6 +13,7 @@ from typing import Any
 from taper.config import resolve_policy, settings
 from taper.core.types import ConfigError, Knobs
 from taper.engines.vllm import compat
+from taper.engines.vllm.live import live, slack_quantiles_s
 from taper.engines.vllm.meter import Window
 from taper.engines.vllm.regulator import Regulator
 from taper.profile import Profile, parse_profile
@@ -60,6 +61,11 @@ def snapshot(taper: Regulator) -> dict[str, Any]:
             "pending_steps": len(taper.meter),
         },
         "kv_usage": taper.seam.kv_usage,
+        "counters": taper.onlooker.tally.counters()
+        | {"forks": taper.table.forks, "joins": taper.table.joins}
+        | {"trace_dropped": taper.onlooker.trace.dropped if taper.onlooker.trace else 0},
+        "recent": taper.onlooker.tally.recent(taper.clock()),
+        "slack_s": slack_quantiles_s(taper),
     }
 
 
@@ -118,7 +124,7 @@ def _checked(taper: Regulator, patch: object) -> Callable[[], None]:
 
 def install(engine_core: Any) -> None:
     """Give EngineCore the `taper_*` methods; doing it again changes nothing."""
-    for method in (taper_snapshot, taper_configure, taper_drain_steps):
+    for method in (taper_snapshot, taper_configure, taper_drain_steps, taper_live):
         setattr(engine_core, method.__name__, method)
 
 
@@ -135,6 +141,11 @@ def taper_configure(self: Any, patch: dict[str, Any]) -> dict[str, Any]:
 def taper_drain_steps(self: Any) -> list[dict[str, Any]]:
     taper = _regulator(self)
     return drain_steps(taper) if taper else []
+
+
+def taper_live(self: Any, since: int) -> dict[str, Any]:
+    taper = _regulator(self)
+    return live(taper, since) if taper else _absent()
 
 
 def _regulator(engine_core: Any) -> Regulator | None:

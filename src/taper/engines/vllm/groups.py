@@ -35,19 +35,23 @@ class Branch:
     spared_tokens: int = 0  # prompt tokens whose KV a sibling can lend, at most
     settled_tokens: int = 0  # output tokens already in the group's accounts
     stage_tokens: int = 0  # output tokens since the parallel stage began
+    number: int = 0  # counts the branches of its group
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """One logical request: its live branches and its accounts."""
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     arrival_s: float
     claims: Claims
     extra_args: dict[str, Any] | None  # of the branch that opened the group; they bind all of it
     branches: dict[str, Branch] = field(default_factory=dict)
     first_token_s: float = math.nan
     ended_tokens: int = 0  # output tokens of ended branches
+    ended_branches: int = 0
+    number: int = 0  # counts the groups of this engine; names one where its key must not be shown
+    is_branching: bool = False  # has had several live branches
     computed_tokens: int = 0  # longest KV an ended branch left in the prefix cache
     serial_tokens: int = 0
     critical_path_tokens: int = 0
@@ -82,6 +86,9 @@ class GroupTable:
         self.branches: dict[str, Branch] = {}
         self.parallel_groups = 0  # groups with several live branches
         self.externality_s = 0.0  # sum of E over all steps so far
+        self.opened = 0  # groups so far
+        self.forks = 0  # times a group went from one live branch to two
+        self.joins = 0  # ... and back
         self._block_tokens = block_tokens
         self._hash_block_tokens = hash_block_tokens
         self._caches_prefixes = caches_prefixes
@@ -93,13 +100,28 @@ class GroupTable:
         key = group_key(request, claims)
         group = self.groups.get(key)
         if group is None:
-            group = Group(key=key, arrival_s=now_s, claims=claims, extra_args=compat.extra_args(request))
+            self.opened += 1
+            group = Group(
+                key=key,
+                arrival_s=now_s,
+                claims=claims,
+                extra_args=compat.extra_args(request),
+                number=self.opened,
+            )
             self.groups[key] = self._silent[key] = group
         group.settle()
-        branch = Branch(request=request, group=group, output_tokens=compat.output_tokens(request))
+        branch = Branch(
+            request=request,
+            group=group,
+            output_tokens=compat.output_tokens(request),
+            number=group.ended_branches + len(group.branches),
+        )
         self._note_shared_prefix(group, branch)
         group.branches[request.request_id] = self.branches[request.request_id] = branch
-        self.parallel_groups += len(group.branches) == 2
+        if len(group.branches) == 2:
+            self.parallel_groups += 1
+            self.forks += 1
+            group.is_branching = True
         self._columns = None
 
     def end(self, request_id: str, now_s: float, *, is_whole: bool) -> FinishedRequest | None:
@@ -115,6 +137,7 @@ class GroupTable:
         del group.branches[request_id]
         group.is_whole &= is_whole
         group.ended_tokens += len(branch.output_tokens)
+        group.ended_branches += 1
         group.computed_tokens = max(group.computed_tokens, branch.request.num_computed_tokens)
         self._columns = None
         if not group.branches:
@@ -122,6 +145,7 @@ class GroupTable:
         group.longest_ended_tokens = max(group.longest_ended_tokens, branch.stage_tokens)
         if len(group.branches) == 1:
             self.parallel_groups -= 1
+            self.joins += 1
             group.close_stage()
         return None
 
@@ -183,7 +207,7 @@ class GroupTable:
             break
 
 
-def group_key(request: Any, claims: Claims) -> Hashable:
+def group_key(request: Any, claims: Claims) -> tuple[Hashable, ...]:
     if claims.group is not None:
         return ("tag", claims.group)
     parent = compat.parent_id(request)
@@ -202,6 +226,7 @@ class Columns:
         live = np.fromiter((len(group.branches) for group in groups), np.int64, len(groups))
         self.request: Ints = np.repeat(np.arange(len(groups)), live)
         self.first: Ints = np.cumsum(live) - live
+        self._branches = branches
         self.prompt_tokens = _ints([request.num_prompt_tokens for request in self.requests])
         self.end_tokens = _ints([compat.end_tokens(request) for request in self.requests])
         self.spared_tokens = _ints([branch.spared_tokens for branch in branches])
@@ -218,6 +243,11 @@ class Columns:
     def position(self) -> dict[str, int]:
         """Request id -> index of its branch."""
         return {name: index for index, name in enumerate(self.ids)}
+
+    @cached_property
+    def numbers(self) -> tuple[Ints, Ints]:
+        """(running number of each group, of each branch inside its group), for traces."""
+        return _ints([group.number for group in self.groups]), _ints([branch.number for branch in self._branches])
 
     @cached_property
     def adapter(self) -> Ints:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from taper.core.types import Ending, StepLoad
+from taper.trace.decision import Decision
 
 WARMUP_STEPS = 4
 OVERRUN_RATIO = 5.0  # measured / predicted beyond which a sample is a hiccup
@@ -47,6 +48,7 @@ class Step:
     planner_s: float = 0.0
     is_representative: bool = True
     output: Any = None  # vLLM's SchedulerOutput until the step is over
+    decision: Decision | None = None  # where steps are traced
     exit_s: float = 0.0
     measured_s: float = math.nan
     ending: Ending = Ending.IGNORED

@@ -25,6 +25,7 @@ from taper.engines.vllm import compat, enforce, view
 from taper.engines.vllm.enforce import Enforced
 from taper.engines.vllm.groups import GroupTable
 from taper.engines.vllm.meter import Step, StepMeter, Window
+from taper.engines.vllm.onlooker import Onlooker
 from taper.engines.vllm.seam import SchedulerSeam, preempted, step_rows
 from taper.profile import Profile, parse_profile
 
@@ -40,7 +41,7 @@ class Regulator:
     """State and hooks; `TaperScheduler` calls them around vLLM's own methods."""
 
     def __init__(self, seam: SchedulerSeam, config: ServerConfig, clock: Callable[[], float]) -> None:
-        """Raises `ConfigError` for an unknown policy or a broken profile."""
+        """Raises `ConfigError` for an unknown policy, a broken profile or a trace that cannot be written."""
         self.seam = seam
         self.config = config
         self.clock = clock
@@ -56,12 +57,13 @@ class Regulator:
         self.meter = StepMeter()
         self.window = Window(since_s=clock())
         self.records: deque[dict[str, Any]] = deque(maxlen=config.record_steps)
+        self.onlooker = Onlooker(seam, config, clock)
         self.last_step: Step | None = None
         self.steps = 0
         self.fallbacks = 0
         self.rejected_claims = 0
         self._finished: list[FinishedRequest] = []
-        self._ran_last: dict[str, int] = {}
+        self.ran_last: dict[str, int] = {}  # request id -> tokens in the last scheduled step
         self._is_prefilling = False
         self._spins = False  # the last step came out empty although rows had been kept from it
         self._tokens_per_row = 1.0
@@ -92,7 +94,9 @@ class Regulator:
 
     def added(self, request: Any) -> None:
         with self._guarded():
-            self.table.add(request, self.claims_of(request), self.clock())
+            now_s = self.clock()
+            self.table.add(request, self.claims_of(request), now_s)
+            self.onlooker.added(self.table.branches[request.request_id], now_s)
 
     def aborted(self, request_ids: list[str] | None) -> None:
         """After vLLM ended these requests (None: all of them) from outside."""
@@ -100,7 +104,7 @@ class Regulator:
             for name in list(self.table.branches) if request_ids is None else request_ids:
                 branch = self.table.branches.get(name)
                 if branch is not None and compat.is_over(branch.request):
-                    self.table.end(name, self.clock(), is_whole=False)
+                    self._end(name, self.clock(), is_whole=False)
 
     def claims_of(self, request: Any) -> Claims:
         """The request's claims; refused ones count, and the defaults hold instead.
@@ -120,6 +124,7 @@ class Regulator:
     def before_schedule(self) -> Enforced:
         """Plan the coming step and make vLLM's scheduler carry it out. Never raises."""
         enforced = Enforced()
+        self.onlooker.unplanned()
         if self._is_stock_step():
             return enforced
         start_s = self.clock()
@@ -129,6 +134,7 @@ class Regulator:
             except Exception:
                 self.restore(enforced)
                 enforced.plan = None
+                self.onlooker.unplanned()
                 raise
         enforced.planner_s = self.clock() - start_s
         return enforced
@@ -139,7 +145,7 @@ class Regulator:
     def after_schedule(self, enforced: Enforced, output: Any) -> None:
         with self._guarded():
             now_s = self.clock()
-            self._ran_last = output.num_scheduled_tokens
+            self.ran_last = output.num_scheduled_tokens
             if not output.total_num_scheduled_tokens:
                 self._spins = bool(enforced.deferred or enforced.held)
                 self.meter.interrupted()
@@ -161,12 +167,13 @@ class Regulator:
             step = self.meter.updated(output, now_s)
             if self.seam.is_empty:
                 self.table.clear()
+                self.onlooker.unplanned()
                 self.meter.interrupted()
             if step is None:
                 return
             self._note_tokens(engine_outputs, step)
             self.table.externality_s += step.externality_s
-            self._book(step)
+            self._book(step, now_s)
             finished, self._finished = tuple(self._finished), []
             self.controller.observe(
                 StepOutcome(
@@ -195,7 +202,7 @@ class Regulator:
             self.table,
             self.seam,
             now_s=now_s,
-            ran_last=self._ran_last,
+            ran_last=self.ran_last,
             tokens_per_row=self._tokens_per_row,
             may_start=self._start_pause_steps == 0,
         )
@@ -206,6 +213,7 @@ class Regulator:
         plan = self.controller.decide(frame.view)
         enforce.check(plan, frame.view)
         enforced.plan = plan
+        self.onlooker.planned(frame, plan, self.controller, self.steps + 1)
         enforced.groups = len(frame.view.tokens)
         if self.table.parallel_groups:
             enforce.apply(self.seam, frame, plan, enforced)
@@ -220,7 +228,7 @@ class Regulator:
         """
         if not enforced.starts:
             return
-        if all(name in self._ran_last for name in enforced.starts):
+        if all(name in self.ran_last for name in enforced.starts):
             self._next_start_pause_steps = 1
             return
         self._start_pause_steps = self._next_start_pause_steps
@@ -255,6 +263,7 @@ class Regulator:
             step.budget_s = plan.budget_s
             step.slack_min_s = plan.slack_min_s
             step.externality_s = max(plan.externality_s, 0.0)
+        self.onlooker.scheduled(step, is_parallel=self.table.parallel_groups > 0)
         return step
 
     def _note_end(self, request_id: str, now_s: float) -> None:
@@ -262,9 +271,14 @@ class Regulator:
         # A streaming-input session reports an end and lives on.
         if branch is None or not compat.is_over(branch.request):
             return
-        finished = self.table.end(request_id, now_s, is_whole=compat.ended_well(branch.request))
+        self._end(request_id, now_s, is_whole=compat.ended_well(branch.request))
+
+    def _end(self, request_id: str, now_s: float, *, is_whole: bool) -> None:
+        branch = self.table.branches[request_id]
+        finished = self.table.end(request_id, now_s, is_whole=is_whole)
         if finished is not None:
             self._finished.append(finished)
+        self.onlooker.ended(branch, finished, now_s)
 
     def _note_tokens(self, engine_outputs: dict[int, Any], step: Step) -> None:
         if self.seam.spec_tokens and step.load.rows and not step.load.prefill_tokens:
@@ -272,8 +286,9 @@ class Regulator:
             rate = TOKENS_PER_ROW_RATE
             self._tokens_per_row += rate * (max(tokens / step.load.rows, 1.0) - self._tokens_per_row)
 
-    def _book(self, step: Step) -> None:
+    def _book(self, step: Step, now_s: float) -> None:
         self.window.add(step)
+        self.onlooker.updated(step, now_s)
         self.records.append(step.record())
         self.last_step = step
 

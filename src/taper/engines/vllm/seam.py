@@ -24,6 +24,8 @@ class SchedulerSeam:
         self.spec_tokens = int(scheduler.num_spec_tokens)
         self.last_position = int(scheduler.max_model_len) - int(scheduler.num_sampled_tokens_per_step)
         self.adapters = scheduler.lora_config is not None
+        self.otlp_endpoint: str | None = config.observability_config.otlp_traces_endpoint
+        self.replica = int(scheduler.parallel_config.data_parallel_index)
         # Decodes of one request are spaced by the pipeline depth only on the V2 runner.
         is_v2 = bool(scheduler.use_v2_model_runner)
         self.is_staggered = is_v2 and scheduler.parallel_config.pipeline_parallel_size > 1

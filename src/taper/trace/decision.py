@@ -1,0 +1,148 @@
+"""One planned step <-> one line of JSON. Every line stands alone: policy, law, knobs and guidance included."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from pydantic_core import to_json
+
+from taper.core.latency import LinearLatency
+from taper.core.policies import Guidance
+from taper.core.types import Bools, ConfigError, Ints, Knobs, Plan, StepLoad, StepView
+
+SCHEMA = "taper.decision/1"
+FLOATS = ("arrival_s", "first_token_s", "tpot_slo_s", "ttft_slo_s", "priority")
+INTS = ("tokens", "request", "context_tokens", "progress_tokens", "prefill_tokens")
+BOOLS = ("resident", "ran_last", "pinned")
+SCALARS = ("now_s", "kv_free_tokens", "max_prefill_tokens", "tokens_per_row")
+
+
+class TraceError(ConfigError):
+    """A trace that cannot be read; the message names file and line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What `decide` saw, what it answered, and how long the step then took.
+
+    `requests` (G,) and `branches` (B,) are running numbers that stay the same from step to step.
+    """
+
+    step: int
+    policy: str  # the one that decided: the cold-start cap while the law is only a guess
+    view: StepView
+    latency: LinearLatency
+    knobs: Knobs
+    guidance: Guidance
+    plan: Plan
+    requests: Ints
+    branches: Ints
+    measured_s: float = math.nan  # NaN: the step's outcome is not known
+    ending: str = ""
+
+
+def dump(decision: Decision) -> bytes:
+    """One line, without the newline. Infinite and absent numbers become null."""
+    view, plan = decision.view, decision.plan
+    data = {
+        "schema": SCHEMA,
+        "step": decision.step,
+        "policy": decision.policy,
+        "measured_s": decision.measured_s,
+        "ending": decision.ending,
+        "view": {
+            **{name: getattr(view, name) for name in SCALARS},
+            **{name: getattr(view, name).tolist() for name in (*FLOATS, *INTS)},
+            **{name: _bits(getattr(view, name)) for name in BOOLS},
+        },
+        "latency": asdict(decision.latency),
+        "knobs": asdict(decision.knobs),
+        "guidance": asdict(decision.guidance),
+        "plan": {
+            "run": _bits(plan.run),
+            "protected": _bits(plan.protected),
+            "load": asdict(plan.load),
+            "baseline_s": plan.baseline_s,
+            "predicted_s": plan.predicted_s,
+            "budget_s": plan.budget_s,
+            "slack_min_s": plan.slack_min_s,
+            "prefill_limit_tokens": plan.prefill_limit_tokens,
+        },
+        "requests": decision.requests.tolist(),
+        "branches": decision.branches.tolist(),
+    }
+    return to_json(data, inf_nan_mode="null")
+
+
+def parse(line: str | bytes, *, where: str) -> Decision:
+    """Raises `TraceError` naming `where` for anything that `dump` does not write."""
+    try:
+        data = json.loads(line)
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema is {data['schema']!r}, not {SCHEMA!r}")
+        decision = _decision(data)
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise TraceError(f"{where}: not a decision: {what}") from None
+    branches, groups = len(decision.view.request), len(decision.view.tokens)
+    columns: list[Sequence[Any] | Ints | Bools] = [getattr(decision.view, name) for name in (*INTS[1:], *BOOLS)]
+    columns += [decision.plan.run, decision.plan.protected, decision.branches]
+    if {len(column) for column in columns} != {branches} or len(decision.requests) != groups:
+        raise TraceError(f"{where}: not a decision: columns differ in length")
+    return decision
+
+
+def _decision(data: Mapping[str, Any]) -> Decision:
+    view, plan = data["view"], data["plan"]
+    columns: dict[str, Any] = {name: view[name] for name in SCALARS}
+    columns |= {name: np.array(view[name], dtype=np.float64) for name in FLOATS}  # null reads as NaN
+    columns |= {name: np.array(view[name], dtype=np.int64) for name in INTS}
+    columns |= {name: _bools(view[name]) for name in BOOLS}
+    latency = {**data["latency"], "capture_sizes": tuple(data["latency"]["capture_sizes"])}
+    return Decision(
+        step=int(data["step"]),
+        policy=str(data["policy"]),
+        view=StepView(**columns),
+        latency=LinearLatency(**_only(LinearLatency, latency)),
+        knobs=Knobs(**_only(Knobs, data["knobs"])),
+        guidance=Guidance(**{name: _or_inf(value) for name, value in _only(Guidance, data["guidance"]).items()}),
+        plan=Plan(
+            run=_bools(plan["run"]),
+            protected=_bools(plan["protected"]),
+            load=StepLoad(**plan["load"]),
+            baseline_s=plan["baseline_s"],
+            predicted_s=plan["predicted_s"],
+            budget_s=_or_inf(plan["budget_s"]),
+            slack_min_s=_or_inf(plan["slack_min_s"]),
+            prefill_limit_tokens=plan["prefill_limit_tokens"],
+        ),
+        requests=np.array(data["requests"], dtype=np.int64),
+        branches=np.array(data["branches"], dtype=np.int64),
+        measured_s=math.nan if data["measured_s"] is None else float(data["measured_s"]),
+        ending=str(data["ending"]),
+    )
+
+
+def _only(kind: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `raw`, all of which must be fields of `kind`: another version's trace would decide otherwise."""
+    known = {spec.name for spec in fields(kind)}
+    if set(raw) != known:
+        raise ValueError(f"{kind.__name__} of another version: {', '.join(sorted(set(raw) ^ known))}")
+    return dict(raw)
+
+
+def _bits(column: Bools) -> str:
+    return (column.astype(np.uint8) + ord("0")).tobytes().decode("ascii")
+
+
+def _bools(bits: str) -> Bools:
+    return np.asarray(np.frombuffer(bits.encode("ascii"), dtype=np.uint8) == ord("1"))
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else float(value)

@@ -1,0 +1,106 @@
+"""A server with two API processes and vLLM's tracing on: the same figures from both, and spans that arrive."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from taper.engines.vllm.launch import Server
+from taper.model import embedded_model
+
+pytestmark = pytest.mark.engine
+
+BRANCHES, TOKENS, REQUESTS = 4, 16, 6
+
+
+class Collector:
+    """An OTLP endpoint over HTTP that keeps every span."""
+
+    def __init__(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        self.spans = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["Content-Length"])))
+                for resource in body.resource_spans:
+                    for scope in resource.scope_spans:
+                        collector.spans.extend(scope.spans)
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1/traces"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def named(self, name):
+        return [span for span in self.spans if span.name == name]
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    running = Collector()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def pair(collector, tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("pair") / "vllm.log"
+    args = ("--api-server-count", "2", "--otlp-traces-endpoint", collector.url)
+    env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    with Server(str(embedded_model()), args, embedded=True, log=log, env=env) as running:
+        yield running
+
+
+def attribute(span, name):
+    (value,) = [one.value for one in span.attributes if one.key == name]
+    return value.int_value or value.string_value
+
+
+def test_both_processes_give_the_same_figures_and_spans_arrive(pair, collector):
+    model = None
+    for _ in range(REQUESTS):  # a connection each, so that both processes get some
+        with httpx.Client(base_url=pair.url, timeout=60, trust_env=False) as http:
+            model = model or http.get("/v1/models").json()["data"][0]["id"]
+            body = {"model": model, "prompt": "Once", "n": BRANCHES, "max_tokens": TOKENS, "ignore_eos": True}
+            http.post("/v1/completions", json=body).raise_for_status()
+    time.sleep(1)
+    finished, tokens = set(), set()
+    for _ in range(8):
+        with httpx.Client(base_url=pair.url, timeout=60, trust_env=False) as http:
+            text = http.get("/metrics").text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        finished.add(
+            sum(
+                one.value
+                for one in samples
+                if one.name == "taper:requests_total" and one.labels["class"] == "branching"
+            )
+        )
+        tokens.add(sum(one.value for one in samples if one.name == "vllm:generation_tokens_total"))
+        assert {one.labels["engine"] for one in samples if one.name == "taper:num_groups"} == {"0"}
+    assert finished == {REQUESTS}
+    assert tokens == {REQUESTS * BRANCHES * TOKENS}  # vLLM's own, summed over both processes, are still there
+    deadline = time.monotonic() + 60
+    while len(collector.named("taper.request")) < REQUESTS and time.monotonic() < deadline:
+        time.sleep(0.2)
+    requests, branches = collector.named("taper.request"), collector.named("taper.branch")
+    assert [attribute(span, "taper.branches") for span in requests] == [BRANCHES] * REQUESTS
+    assert len(branches) == REQUESTS * BRANCHES
+    assert {span.parent_span_id for span in branches} == {span.span_id for span in requests}

@@ -1,0 +1,164 @@
+"""What people see of a real engine under load: page, metrics in Prometheus, terminal, trace.
+
+TAPER_SCREENSHOTS=docs/img writes the pictures of the docs, from a load that has run for more than a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from taper.cli import cli
+from taper.config import resolve_policy
+from taper.trace.file import read_trace
+from taper.trace.replay import replay
+from tests.see import browsing
+from tests.see.browsing import LAPTOP, PHONE, page, serious_findings, shot, until
+from tests.see.stage import free_port
+
+pytestmark = pytest.mark.engine
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "monitoring"
+PROMPTS = ("Write a story about a lighthouse.", "Plan a trip to the sea.", "Explain rain to a child.")
+TAKES_PICTURES = bool(os.environ.get("TAPER_SCREENSHOTS"))
+
+
+@pytest.fixture(scope="module")
+def load(server) -> Iterator[None]:
+    """Serial and branching requests, one after the other in each of seven clients, until the module is through."""
+    stop = threading.Event()
+
+    def client(number: int) -> None:
+        branches = (12, 8, 1, 1, 1, 1, 1)[number]
+        with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as http:
+            model = http.get("/v1/models").json()["data"][0]["id"]
+            while not stop.is_set():
+                body = {"model": model, "n": branches, "max_tokens": 60 if branches > 1 else 80, "ignore_eos": True}
+                body["messages"] = [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}]
+                http.post("/v1/chat/completions", json=body)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(7)]
+    for thread in threads:
+        thread.start()
+    yield
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def browser():
+    yield from browsing.browser()
+
+
+def test_the_page_shows_a_real_load_and_its_playground_streams(server, load, browser):
+    with page(browser, f"{server.url}/taper") as tab:
+        until(tab, "document.getElementById('status').textContent === 'live'")
+        until(tab, "/^[1-9].* requests?, [1-9].* branch/.test(document.getElementById('lanes-note').textContent)")
+        tab.click("#table-box summary")
+        rows = "[...document.querySelectorAll('#table tr')].map(row => row.innerText).join()"
+        before = tab.evaluate(rows)
+        until(tab, f"before => {rows} !== before", before)
+        tab.fill("#branches", "4")
+        tab.fill("#tokens", "24")
+        tab.click("#go")
+        until(tab, "document.querySelectorAll('#outputs p:not(:empty)').length === 4", patience_s=60)
+        until(tab, "document.getElementById('play-note').textContent.startsWith('done')", patience_s=60)
+        assert tab.is_disabled("#apply")
+        assert serious_findings(tab) == []
+
+
+@pytest.mark.skipif(not TAKES_PICTURES, reason="TAPER_SCREENSHOTS names no folder")
+def test_pictures_for_the_docs(server, load, browser):
+    server.configure({"tpot_slo_s": 0.065})  # within reach of serial requests, if others are held back
+    time.sleep(75)
+    for name, size, scheme in (
+        ("page", LAPTOP, "light"),
+        ("page-dark", LAPTOP, "dark"),
+        ("page-phone", PHONE, "light"),
+        ("page-phone-dark", PHONE, "dark"),
+    ):
+        with page(browser, f"{server.url}/taper", size=size, scheme=scheme) as tab:
+            until(tab, "document.getElementById('status').textContent === 'live'")
+            tab.fill("#branches", "4")
+            tab.click("#go")
+            until(tab, "document.getElementById('play-note').textContent.startsWith('done')", patience_s=60)
+            shot(tab, name)
+    server.configure({"tpot_slo_s": server.config.slo.tpot_s})
+
+
+def test_the_terminal_shows_it_too(server, load):
+    result = CliRunner().invoke(cli, ["top", server.url, "--once"], env={"COLUMNS": "130"})
+    assert result.exit_code == 0
+    assert re.search(r"policy taper(, learning)?, SLO 30 ms per token", result.stdout)
+    assert re.search(r"rows \d+: \d+ protected", result.stdout)
+
+
+def queries() -> list[tuple[str, str]]:
+    """(panel title, query) of every panel of the dashboard, variables filled in."""
+    dashboard = json.loads((EXAMPLE / "grafana" / "dashboards" / "taper.json").read_text())
+    found = []
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"].replace("$__rate_interval", "10s").replace("$model", ".*").replace("$engine", ".*")
+            found.append((panel["title"], query))
+    return found
+
+
+def test_every_panel_of_the_dashboard_has_data(server, load, tmp_path):
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("no prometheus on this machine (Debian and Ubuntu: apt install prometheus)")
+    config = (EXAMPLE / "prometheus.yml").read_text()
+    assert "127.0.0.1:8000" in config
+    config = config.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}").replace("5s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config)
+    port = free_port()
+    command = [program, f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
+    missing = queries()
+    assert len(missing) > 25
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10, trust_env=False) as http:
+                deadline = time.monotonic() + 60
+                while missing and time.monotonic() < deadline:
+                    time.sleep(2)
+                    missing = [query for query in missing if not has_data(http, query[1])]
+        finally:
+            process.terminate()
+            process.wait(20)
+    assert missing == []
+
+
+def has_data(http: httpx.Client, query: str) -> bool:
+    """Whether the query had a finite value in the last minute. A refused query is an error, not an absence."""
+    now = time.time()
+    try:
+        answer = http.get("/api/v1/query_range", params={"query": query, "start": now - 60, "end": now, "step": 1})
+    except httpx.TransportError:
+        return False  # it is still starting
+    if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        return False
+    assert answer.status_code == httpx.codes.OK, answer.text
+    return any(value != "NaN" for series in answer.json()["data"]["result"] for _, value in series["values"])
+
+
+def test_the_trace_of_a_real_engine_decides_again_the_same(server, load):
+    time.sleep(1)
+    decisions = list(read_trace(Path(server.config.trace)))
+    found = replay(decisions, None, resolve_policy)
+    assert found.identical == found.decisions > 50
+    assert all(not decision.view.request.size or decision.plan.run.any() for decision in decisions)

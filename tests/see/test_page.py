@@ -1,0 +1,135 @@
+"""The live page in a real browser, over a real scheduler: loads, moves, bears a thousand requests, comes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from taper.config import ServerConfig
+from tests.see.browsing import LAPTOP, PHONE, page, serious_findings, until
+from tests.see.stage import Stage
+from tests.vllm import harness
+from tests.vllm.harness import PROFILE, fork, request
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    def build(**kwargs):
+        config = ServerConfig(**{"profile": PROFILE, **kwargs})
+        return harness.make(
+            monkeypatch,
+            tmp_path,
+            is_async=True,
+            config=config,
+            rows=4096,
+            step_tokens=8192,
+            max_model_len=2048,
+            blocks=60000,
+        )
+
+    return build
+
+
+def live(tab):
+    until(tab, "document.getElementById('status').textContent === 'live'")
+
+
+# The tokens of all requests, as the table of lanes gives them.
+TOKENS = (
+    "[...document.querySelectorAll('#table td:nth-child(3)')]"
+    ".reduce((sum, cell) => sum + Number(cell.textContent.replace(/,/g, '')), 0)"
+)
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(LAPTOP, "light"), (LAPTOP, "dark"), (PHONE, "light"), (PHONE, "dark")])
+def test_it_loads_moves_and_is_accessible(browser, driver, size, scheme):
+    scene = driver()
+    scene.add(
+        *fork("a", 8, tokens=1500), *fork("b", 12, tokens=1500), *[request(f"s{i}", tokens=1500) for i in range(6)]
+    )
+    with Stage(scene) as stage, page(browser, f"{stage.url}/taper", size=size, scheme=scheme) as tab:
+        live(tab)
+        assert tab.title() == "TAPER live"
+        until(tab, "document.getElementById('lanes-note').textContent === '8 requests, 26 branches'")
+        tab.click("#table-box summary")
+        before = tab.evaluate(TOKENS)
+        until(tab, f"before => {TOKENS} > before", before)
+        assert tab.inner_text("#policy") == "taper"
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+        assert serious_findings(tab) == []
+        assert "predicted step" in tab.inner_text("#charts")
+
+
+def test_a_thousand_requests_do_not_freeze_it(browser, driver):
+    scene = driver()
+    for index in range(1000):
+        scene.add(*fork(f"g{index}", 4, prompt=4, tokens=1500))
+    with Stage(scene) as stage, page(browser, f"{stage.url}/taper") as tab:
+        live(tab)
+        until(tab, "document.getElementById('lanes-note').textContent.startsWith('1000 requests')")
+        elements = tab.evaluate("document.querySelectorAll('*').length")
+        assert elements < 400  # bounded, however many requests there are
+        for top in (5000, 27_000, 0):
+            tab.evaluate("top => document.getElementById('lanes').scrollTo(0, top)", top)
+            # Animation frames go on: the page answers while a thousand lanes are shown.
+            assert tab.evaluate(
+                "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+            )
+        tab.click("#table-box summary")
+        tab.wait_for_selector("#table tr:nth-child(100)", state="attached")
+        assert tab.locator("#table tr").count() == 100
+
+
+def test_the_playground_streams_its_branches_side_by_side(browser, driver):
+    with Stage(driver()) as stage, page(browser, f"{stage.url}/taper") as tab:
+        live(tab)
+        tab.fill("#branches", "4")
+        tab.fill("#tokens", "30")
+        tab.click("#go")
+        until(tab, "document.getElementById('play-note').textContent.startsWith('done: 120 tokens')")
+        texts = tab.locator("#outputs p").all_inner_texts()
+        assert [text.split()[0] for text in texts] == ["b0w0", "b1w0", "b2w0", "b3w0"]
+        assert all(len(text.split()) == 30 for text in texts)
+        tab.fill("#tokens", "2000")
+        tab.click("#go")
+        until(tab, "document.querySelector('#outputs p').textContent.includes('b0w3')")
+        tab.click("#stop")
+        until(tab, "document.getElementById('play-note').textContent.startsWith('stopped')")
+
+
+def test_settings_are_off_unless_allowed(browser, driver):
+    with Stage(driver()) as stage, page(browser, f"{stage.url}/taper") as tab:
+        live(tab)
+        assert tab.is_disabled("#apply")
+        assert "--taper-allow-control" in tab.inner_text("#settings-why")
+
+
+def test_changing_the_policy_needs_the_key(browser, driver):
+    scene = driver(allow_control=True)
+    with Stage(scene, api_key="k3y") as stage, page(browser, f"{stage.url}/taper") as tab:
+        tab.expected_errors.append("401")
+        live(tab)
+        tab.fill("#new-policy", "off")
+        tab.click("#apply")
+        until(tab, "document.getElementById('settings-note').textContent.includes('Refused: HTTP 401')")
+        assert scene.taper.controller.policy.name == "taper"
+        tab.fill("#control-key", "k3y")
+        tab.click("#apply")
+        until(tab, "document.getElementById('settings-note').textContent.startsWith('In force: off')")
+        assert scene.taper.controller.policy.name == "off"
+        until(tab, "document.getElementById('policy').textContent === 'off'")
+
+
+def test_it_survives_a_server_that_goes_away_and_comes_back(browser, driver):
+    scene = driver()
+    scene.add(*fork("a", 4, tokens=1500))
+    with Stage(scene) as stage:
+        context = page(browser, f"{stage.url}/taper")
+        tab = context.__enter__()
+        tab.expected_errors.append("ERR_CONNECTION")
+        live(tab)
+    until(tab, "document.getElementById('status').textContent.startsWith('no answer, trying again')")
+    with Stage(scene, port=stage.port):
+        live(tab)
+        context.__exit__(None, None, None)
