@@ -61,13 +61,13 @@ class StepBudget:
 
         Stops at the first extra that does not fit or for which there is no KV room.
         """
-        candidates = (self._rank >= width[self._request]).nonzero()[0]
-        if not len(candidates):
+        # The branches of each request from its width on, which lie side by side in `_order`: no sort.
+        extras = (self.live - width)[request_order]
+        ends = extras.cumsum()
+        if not ends[-1]:
             return width
-        place = np.empty_like(request_order)
-        place[request_order] = np.arange(len(request_order))
-        key = (place[self._request[candidates]] << 32) + self._rank[candidates]
-        candidates = candidates[np.argsort(key, kind="stable")]
+        begins = (self._first + width)[request_order]
+        candidates = np.arange(ends[-1]) + (begins - ends + extras).repeat(extras)
         rows, context, prefill = self._columns.take(candidates, axis=1).cumsum(axis=1)
         base = self.load(width)
         seconds = self._predict.predict(base.rows + rows, base.context_tokens + context, base.prefill_tokens + prefill)
@@ -83,7 +83,7 @@ class StepBudget:
         self, width: Ints, *, budget_s: float = np.inf, slack_min_s: float = np.inf, limit_prefill: bool = False
     ) -> Plan:
         """Floor and clamp once, last: at least the protected rows, at most every live branch."""
-        width = np.clip(width, self.protected, self.live)
+        width = np.minimum(np.maximum(width, self.protected), self.live)
         rows, context, prefill = self._carried(width)
         load = StepLoad(rows=rows, context_tokens=context, prefill_tokens=min(prefill, self.prefill_limit_tokens))
         extra_prefill = prefill - self._protected_sums[2]
