@@ -7,7 +7,7 @@ SHELL := bash
 BIN := .venv/bin
 export EXTRA PYTHON TORCH_INDEX_URL
 
-.PHONY: help setup demo test test-fast lint format bench-decide doctor model clean distclean
+.PHONY: help setup demo test test-fast lint format bench-decide bench-neutrality doctor model clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
