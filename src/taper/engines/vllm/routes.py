@@ -19,8 +19,7 @@ from fastapi.responses import JSONResponse
 
 from taper.config import ServerConfig
 from taper.engines.vllm import compat
-
-CONTROL_HEADER = "X-Taper-Control"
+from taper.engines.vllm.launch import CONTROL_HEADER
 
 
 class TaperEndpoints:
