@@ -10,6 +10,7 @@ from taper.core.types import ConfigError, Slo, check_range
 MAX_GROUP_CHARS = 128
 FIELDS = ("taper_group", "taper_tpot_slo_ms", "taper_ttft_slo_ms", "taper_priority")
 MS_PER_S = 1000.0
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +58,10 @@ def parse_claims(extra_args: Mapping[str, object] | None, limits: ClaimLimits, d
 
 
 def _slo_s(name: str, value: object, server_s: float, limits: ClaimLimits) -> float:
-    least_s = 1e-4 if limits.tighten else server_s
+    least_ms = (1e-4 if limits.tighten else server_s) * MS_PER_S
     most_ms = server_s * limits.loosest_slo * MS_PER_S
-    return check_range(name, value, low=least_s * MS_PER_S, high=most_ms, unit="ms") / MS_PER_S
+    # 63.7 ms as seconds and back is a little more than 63.7: the server's own SLO must not be refused for that.
+    return check_range(name, value, low=least_ms * (1 - ROUNDING), high=most_ms * (1 + ROUNDING), unit="ms") / MS_PER_S
 
 
 def _group(value: object) -> str | None:

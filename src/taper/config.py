@@ -10,7 +10,8 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import entry_points
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,8 @@ class ServerConfig:
             raise ConfigError(f"allow_control must be true or false, not {self.allow_control!r}")
         if self.profile is not None and not isinstance(self.profile, dict):
             raise ConfigError("profile must be a JSON object")
+        if self.control_token is not None and not isinstance(self.control_token, str):
+            raise ConfigError("control_token must be a string")
 
     @classmethod
     def from_env(cls) -> ServerConfig:
@@ -64,6 +67,8 @@ class ServerConfig:
             text = Path(value).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{ENV_VAR} names {value!r}, which cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{ENV_VAR} names {value!r}, which is not UTF-8 text") from error
         return cls.from_json(text, where=value)
 
     @classmethod
@@ -102,8 +107,22 @@ def _known(kind: type, raw: object, name: str) -> dict[str, Any]:
 
 
 def plugin_policies() -> dict[str, PolicyFactory]:
-    """Policies that installed packages register under the entry point group `taper.policies`."""
-    return {point.name: point.load() for point in entry_points(group=POLICY_ENTRY_POINTS)}
+    """Policies that installed packages register under the entry point group `taper.policies`.
+
+    None is imported before it is asked for: a broken package must not stop a server that uses another policy.
+    """
+    return {point.name: partial(_plugin, point) for point in entry_points(group=POLICY_ENTRY_POINTS)}
+
+
+def _plugin(point: EntryPoint) -> Policy:
+    try:
+        policy: Policy = point.load()()
+        _ = policy.name, policy.is_stock
+    except Exception as error:
+        raise ConfigError(
+            f"policy {point.name!r} ({point.value}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    return policy
 
 
 def resolve_policy(name: object) -> Policy:

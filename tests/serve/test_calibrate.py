@@ -40,7 +40,6 @@ def test_the_law_of_the_machine_is_found_and_put_in_force() -> None:
     assert coefficients(done.profile.latency()) == coefficients(done.fit.latency)
     assert machine.profile == done.profile.to_json()
     assert machine.policy == "taper"
-    assert done.seconds < 4 * BUDGET_S + 2.0
     assert re.fullmatch(r"calibrating: rows 1-\d+, contexts up to \d+", said[0])
 
 

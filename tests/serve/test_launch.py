@@ -110,6 +110,7 @@ def test_a_child_that_dies_early_says_why_on_one_line(tmp_path: Path) -> None:
 def test_a_child_that_is_never_ready(tmp_path: Path) -> None:
     server = child(Server("m", log=tmp_path / "log"), DEAF)
     server.start()
+    wait_for(tmp_path / "log")  # before that, SIGTERM would end it
     try:
         with pytest.raises(ServerError, match="not ready within 0 s"):
             server.wait_ready(timeout_s=0.3)

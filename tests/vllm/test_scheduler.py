@@ -48,10 +48,9 @@ class Random:
         return replace(plan, run=plan.run | extra)
 
 
-@dataclass(frozen=True)
 class Broken:
-    name: str = "broken"
-    is_stock: bool = False
+    name = "broken"
+    is_stock = False
 
     def __call__(self, view, predict, knobs, guidance) -> Plan:
         raise ZeroDivisionError("a bug")
@@ -67,6 +66,12 @@ class Starving:
     def __call__(self, view, predict, knobs, guidance) -> Plan:
         plan = FixedCap(1)(view, predict, knobs, guidance)
         return replace(plan, run=plan.run & (view.request != view.request[-1]))
+
+
+class Unsure(Broken):
+    @property
+    def is_stock(self) -> bool:
+        raise ZeroDivisionError("another bug")
 
 
 def use(driver, policy):
@@ -290,7 +295,7 @@ def test_a_request_that_ends_while_held_does_not_come_back(make):
     driver.run()
 
 
-@pytest.mark.parametrize("policy", [Broken(), Starving()])
+@pytest.mark.parametrize("policy", [Broken(), Starving(), Unsure()])
 def test_a_planner_fault_means_eager_counted_and_logged_once(make, caplog, policy):
     driver = make()
     use(driver, policy)
@@ -329,7 +334,7 @@ def test_without_branches_taper_is_stock(make, tmp_path, is_async):
     driver, stock = make(), make_stock(tmp_path, is_async=is_async)
     same_steps(driver, stock, [serial(index) for index in range(20)])
     assert driver.taper.window.deferred_row_steps == 0
-    assert len(driver.taper.window.planner_s) < len(driver.outputs) / 2
+    assert len(driver.taper.window.planner_s) == 0
 
 
 def test_eager_is_stock_whatever_comes(make, tmp_path, is_async):
@@ -342,11 +347,11 @@ def test_eager_is_stock_whatever_comes(make, tmp_path, is_async):
 
 def test_a_prompt_waits_for_the_limit_and_rows_do_not_wait_for_the_prompt(make, is_async):
     driver = make()
-    warm(driver, request("a"), request("b"))
-    use(driver, Chosen(prefill_limit_tokens=30))
+    warm(driver, *fork("p", 2))
+    use(driver, Chosen(extras=frozenset({1}), prefill_limit_tokens=30))
     driver.add(request("long", prompt=100))
     steps = [driver.step() for _ in range(4)]
-    assert steps == [{"a": 1, "b": 1, "long": 30}] * 3 + [{"a": 1, "b": 1, "long": 10}]
+    assert steps == [{"0_p": 1, "1_p": 1, "long": 30}] * 3 + [{"0_p": 1, "1_p": 1, "long": 10}]
     assert driver.scheduler.max_num_scheduled_tokens == 256
 
 

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from taper.core.types import ConfigError
 from taper.engines.vllm import compat
 from taper.engines.vllm.scheduler import AsyncTaperScheduler, TaperScheduler
+from taper.engines.vllm.seam import SchedulerSeam
 from tests.vllm.harness import server_config
 
 
@@ -51,6 +52,18 @@ def test_another_signature_is_a_missing_seam(monkeypatch):
 def test_the_scheduler_refuses_to_start_without_a_seam(monkeypatch, make):
     monkeypatch.delattr(Scheduler, "finish_requests")
     with pytest.raises(compat.SeamError, match=r"Scheduler\.finish_requests"):
+        make()
+
+
+def test_a_field_that_the_scheduler_no_longer_has_is_named_with_the_range(monkeypatch, make):
+    init = SchedulerSeam.__init__
+
+    def without_field(self, scheduler):
+        del scheduler.num_spec_tokens
+        init(self, scheduler)
+
+    monkeypatch.setattr(SchedulerSeam, "__init__", without_field)
+    with pytest.raises(compat.SeamError, match=r"lacks a seam: .*num_spec_tokens.*>=0\.26,<0\.34"):
         make()
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from taper.core.latency import LatencyModel
 from taper.core.types import Bools, Ints, Plan, StepLoad, StepView
 
-PINNED_FIRST = -1
-LAST_QUANTUM = (1 << 40) - 1  # sort keys of one request stay below the next request's
+PINNED_FIRST = -4
+REQUEST_SHIFT = 41  # sort keys of one request, four per quantum, stay below the next request's
 
 
 class StepBudget:
@@ -35,6 +35,7 @@ class StepBudget:
         self._columns = columns.take(self._order, axis=1)  # (3, B): row, context and prompt tokens each branch adds
         self._sums = np.zeros((3, len(self._order) + 1), dtype=np.int64)
         self._columns.cumsum(axis=1, out=self._sums[:, 1:])
+        self._begins = self._sums.take(self._first, axis=1).sum(axis=1)
         self.protected = np.ones(requests, dtype=np.int64)
         if view.pinned.any():
             np.maximum(np.bincount(view.request[view.pinned], minlength=requests), 1, out=self.protected)
@@ -42,8 +43,8 @@ class StepBudget:
 
     def _carried(self, width: Ints) -> tuple[int, int, int]:
         """Rows, context and prompt tokens of a step with these widths, prompt tokens not yet limited."""
-        ends = self._sums.take(self._first + width, axis=1)
-        rows, context, prefill = (ends - self._sums.take(self._first, axis=1)).sum(axis=1).tolist()
+        ends = self._sums.take(self._first + width, axis=1).sum(axis=1)
+        rows, context, prefill = (ends - self._begins).tolist()
         return rows, context, prefill
 
     def load(self, width: Ints) -> StepLoad:
@@ -61,19 +62,19 @@ class StepBudget:
 
         Stops at the first extra that does not fit or for which there is no KV room.
         """
-        candidates = (self._rank >= width[self._request]).nonzero()[0]
-        if not len(candidates):
+        # The branches of each request from its width on, which lie side by side in `_order`: no sort.
+        extras = (self.live - width)[request_order]
+        ends = extras.cumsum()
+        if not ends[-1]:
             return width
-        place = np.empty_like(request_order)
-        place[request_order] = np.arange(len(request_order))
-        key = (place[self._request[candidates]] << 32) + self._rank[candidates]
-        candidates = candidates[np.argsort(key, kind="stable")]
+        begins = (self._first + width)[request_order]
+        candidates = np.arange(ends[-1]) + (begins - ends + extras).repeat(extras)
         rows, context, prefill = self._columns.take(candidates, axis=1).cumsum(axis=1)
         base = self.load(width)
         seconds = self._predict.predict(base.rows + rows, base.context_tokens + context, base.prefill_tokens + prefill)
         fits = seconds <= limit_s
-        starting = ~self.view.resident[self._order[candidates]]
-        if starting.any():
+        if not self.view.resident.all():
+            starting = ~self.view.resident[self._order[candidates]]
             new_kv = np.cumsum(np.where(starting, self._columns[2, candidates], 0))
             fits &= new_kv <= max(self.view.kv_free_tokens, 0)
         count = len(fits) if fits.all() else int(np.argmin(fits))
@@ -83,7 +84,7 @@ class StepBudget:
         self, width: Ints, *, budget_s: float = np.inf, slack_min_s: float = np.inf, limit_prefill: bool = False
     ) -> Plan:
         """Floor and clamp once, last: at least the protected rows, at most every live branch."""
-        width = np.clip(width, self.protected, self.live)
+        width = np.minimum(np.maximum(width, self.protected), self.live)
         rows, context, prefill = self._carried(width)
         load = StepLoad(rows=rows, context_tokens=context, prefill_tokens=min(prefill, self.prefill_limit_tokens))
         extra_prefill = prefill - self._protected_sums[2]
@@ -113,6 +114,5 @@ def order_branches(view: StepView, quantum_tokens: float) -> Ints:
     """
     quanta, within = np.divmod(view.progress_tokens, int(quantum_tokens))
     keeps_place = view.ran_last & (within != 0)
-    key = (quanta << 2) + ((~view.resident).astype(np.int64) << 1) + ~keeps_place
-    key = np.where(view.pinned, PINNED_FIRST, np.minimum(key, LAST_QUANTUM))
-    return np.argsort((view.request << 41) + key, kind="stable")
+    key = np.where(view.pinned, PINNED_FIRST, (quanta << 2) - 2 * view.resident - keeps_place)
+    return np.argsort((view.request << REQUEST_SHIFT) + key, kind="stable")

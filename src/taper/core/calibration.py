@@ -196,7 +196,10 @@ class Learner:
         )
         if not _determined(samples):
             return None
-        law = fit(samples, capture_sizes=capture_sizes).latency
+        # In the engine's own thread: without the errors that `fit` reports.
+        cells = samples.cells()
+        keep = ~outliers(samples.measured_s, cells)
+        law = fit_law(samples.take(keep), cells[keep], capture_sizes)
         # Live traffic rarely separates rows from context; a free row would mean "admit everything".
         floor_s = law.base_s * 1e-3
         return replace(law, row_s=max(law.row_s, floor_s), prefill_s=max(law.prefill_s, floor_s))

@@ -10,7 +10,8 @@ online corrections of the whole and of the prefill term.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -42,6 +43,7 @@ class LinearLatency:
     capture_sizes: tuple[int, ...] = ()  # ascending; empty without CUDA graphs
     scale: float = 1.0
     prefill_scale: float = 1.0
+    _padded: Ints = field(init=False, repr=False, compare=False)  # rows -> captured size, up to the largest
 
     def __post_init__(self) -> None:
         for name in ("base_s", "row_s", "context_s", "prefill_s", "scale", "prefill_scale"):
@@ -52,6 +54,8 @@ class LinearLatency:
             raise ConfigError("latency model: base_s must be > 0")
         if list(self.capture_sizes) != sorted(set(self.capture_sizes)):
             raise ConfigError("latency model: capture_sizes must be strictly ascending")
+        sizes = np.array(self.capture_sizes, dtype=np.int64)
+        object.__setattr__(self, "_padded", sizes.repeat(np.diff(sizes, prepend=-1)))
 
     @overload
     def predict(self, rows: int, context_tokens: int, prefill_tokens: int) -> float: ...
@@ -69,10 +73,10 @@ class LinearLatency:
 
     def padded(self, rows: int | Ints) -> int | Ints:
         """Rows the device computes: the next captured size, or `rows` beyond the largest."""
-        sizes = np.asarray(self.capture_sizes)
-        at = np.searchsorted(sizes, rows)
-        padded = np.where(at < len(sizes), sizes[np.minimum(at, len(sizes) - 1)], rows)
-        return padded if isinstance(rows, np.ndarray) else int(padded)
+        if isinstance(rows, np.ndarray):
+            return np.maximum(self._padded.take(rows, mode="clip"), rows)
+        at = bisect_left(self.capture_sizes, rows)
+        return self.capture_sizes[at] if at < len(self.capture_sizes) else rows
 
     def prefill_tokens_within(self, seconds: float) -> float:
         per_token_s = self.scale * self.prefill_scale * self.prefill_s

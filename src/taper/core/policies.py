@@ -29,7 +29,10 @@ class Guidance:
 
 
 class Policy(Protocol):
-    """A named decision rule. `is_stock` is True where the engine should behave as if TAPER were absent."""
+    """A named decision rule. `is_stock` is True where the engine should behave as if TAPER were absent.
+
+    The engine asks it only for steps in which some request has several live branches.
+    """
 
     @property
     def name(self) -> str: ...
@@ -109,7 +112,7 @@ class Taper:
         lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
         binding = ~lost & decoding(view)
         allowed_s = slack.allowed_s(view, credit, budget.live, remaining, knobs=knobs, margin=guidance.margin)
-        slack_min_s = float(np.min(allowed_s, where=binding, initial=np.inf))
+        slack_min_s = float(allowed_s[binding].min(initial=np.inf))
         limit_s = max(slack_min_s, guidance.floor_s)
         budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, limit_s - decode_s)
         order = np.lexsort((view.arrival_s, credit >= 0.0, -view.priority, lost))

@@ -121,7 +121,7 @@ def seam_report() -> dict[str, Any]:
     try:
         seams = {seam: bool(check()) for seam, check in _seams().items()}
     except (ImportError, AttributeError) as error:
-        return {**report, "error": f"{name} {version} lacks a seam: {error} (supported: {SUPPORTED})"}
+        return {**report, "error": str(missing_seam(error))}
     missing = [seam for seam, holds in seams.items() if not holds]
     report |= {"seams": seams, "ok": not missing}
     if missing:
@@ -135,6 +135,12 @@ def check_seams() -> dict[str, Any]:
     if not report["ok"]:
         raise SeamError(report["error"])
     return report
+
+
+def missing_seam(cause: Exception) -> SeamError:
+    """What to raise where `cause` came from a part of vLLM that is not there."""
+    name, version = installed() or ("vllm", "unknown")
+    return SeamError(f"{name} {version} lacks a seam: {cause} (supported: {SUPPORTED})")
 
 
 def refuse_unsupported(vllm_config: Any) -> None:

@@ -13,7 +13,7 @@ client thinks.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -149,11 +149,17 @@ class GroupTable:
             group.close_stage()
         return None
 
-    def note_first_tokens(self, now_s: float) -> None:
-        """After an update: start the clock of every group that has just received its first token."""
-        started = [group for group in self._silent.values() if any(b.output_tokens for b in group.branches.values())]
-        for group in started:
-            self._start(group, now_s)
+    def note_first_tokens(self, updated: Iterable[str], now_s: float) -> None:
+        """Start the clock of every group that has just received its first token.
+
+        `updated` names the requests that an update brought something for: a long queue may hold far more.
+        """
+        if not self._silent:
+            return
+        for name in updated:
+            branch = self.branches.get(name)
+            if branch is not None and branch.output_tokens and math.isnan(branch.group.first_token_s):
+                self._start(branch.group, now_s)
 
     def set_claims(self, group: Group, claims: Claims) -> None:
         group.claims = claims

@@ -64,7 +64,6 @@ class Regulator:
         self.rejected_claims = 0
         self._finished: list[FinishedRequest] = []
         self.ran_last: dict[str, int] = {}  # request id -> tokens in the last scheduled step
-        self._is_prefilling = False
         self._spins = False  # the last step came out empty although rows had been kept from it
         self._tokens_per_row = 1.0
         self._start_pause_steps = 0  # steps for which no extra branch may start
@@ -124,11 +123,11 @@ class Regulator:
     def before_schedule(self) -> Enforced:
         """Plan the coming step and make vLLM's scheduler carry it out. Never raises."""
         enforced = Enforced()
-        self.onlooker.unplanned()
-        if self._is_stock_step():
-            return enforced
         start_s = self.clock()
         with self._guarded():
+            self.onlooker.unplanned()
+            if self._is_stock_step():
+                return enforced
             try:
                 self._regulate(enforced, start_s)
             except Exception:
@@ -160,10 +159,10 @@ class Regulator:
         """Book a step that came back at `now_s`, and let the controller observe it."""
         with self._guarded():
             for batch in engine_outputs.values():
+                self.table.note_first_tokens((one.request_id for one in batch.outputs), now_s)
                 for one in batch.outputs:
                     if one.finish_reason is not None:
                         self._note_end(one.request_id, now_s)
-            self.table.note_first_tokens(now_s)
             step = self.meter.updated(output, now_s)
             if self.seam.is_empty:
                 self.table.clear()
@@ -190,12 +189,9 @@ class Regulator:
     def _is_stock_step(self) -> bool:
         """Whether there is nothing to decide, so that vLLM runs as stock.
 
-        With one branch per request every branch is its request's protected row; what is left to decide is
-        how many prompt tokens may ride along.
+        With one branch per request every branch is its request's protected row.
         """
-        if self.controller.policy.is_stock or self._spins or not self.table.branches:
-            return True
-        return not (self.table.parallel_groups or self._is_prefilling or self.seam.has_waiting)
+        return self.controller.policy.is_stock or self._spins or not self.table.parallel_groups
 
     def _regulate(self, enforced: Enforced, now_s: float) -> None:
         frame = view.build(
@@ -215,11 +211,7 @@ class Regulator:
         enforced.plan = plan
         self.onlooker.planned(frame, plan, self.controller, self.steps + 1)
         enforced.groups = len(frame.view.tokens)
-        if self.table.parallel_groups:
-            enforce.apply(self.seam, frame, plan, enforced)
-        else:
-            rows = int(np.count_nonzero(frame.view.prefill_tokens == 0))
-            enforce.limit_prefill(self.seam, plan, rows, enforced)
+        enforce.apply(self.seam, frame, plan, enforced)
 
     def _note_starts(self, enforced: Enforced) -> None:
         """Where vLLM could not start what the plan started, wait: 1, 2, 4 ... steps.
@@ -235,8 +227,7 @@ class Regulator:
         self._next_start_pause_steps = min(2 * self._next_start_pause_steps, MAX_START_PAUSE_STEPS)
 
     def _step(self, enforced: Enforced, output: Any, now_s: float) -> Step:
-        rows, context_tokens, prefill_tokens, chunks = step_rows(output)
-        self._is_prefilling = bool(chunks)
+        rows, context_tokens, prefill_tokens = step_rows(output)
         load = StepLoad(rows=rows, context_tokens=context_tokens, prefill_tokens=prefill_tokens)
         plan = enforced.plan
         self.steps += 1

@@ -24,11 +24,10 @@ from starlette.routing import Route
 
 from taper.config import ServerConfig
 from taper.engines.vllm import compat
+from taper.engines.vllm.launch import CONTROL_HEADER
 from taper.engines.vllm.metrics import CONTENT_TYPE, Exposition
 from taper.engines.vllm.page import PAGE, StaticFiles
 from taper.engines.vllm.watch import EnginesAway, LiveFeed, Poll
-
-CONTROL_HEADER = "X-Taper-Control"
 
 
 class TaperEndpoints:

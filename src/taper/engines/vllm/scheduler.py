@@ -39,7 +39,11 @@ class TaperScheduler(Scheduler):  # type: ignore[misc]
         compat.check_seams()  # before vLLM builds anything on them
         super().__init__(*args, **kwargs)
         compat.refuse_unsupported(self.vllm_config)
-        self.taper = Regulator(SchedulerSeam(self), ServerConfig.from_env(), time.monotonic)
+        try:
+            seam = SchedulerSeam(self)
+        except AttributeError as error:
+            raise compat.missing_seam(error) from error
+        self.taper = Regulator(seam, ServerConfig.from_env(), time.monotonic)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         enforced = self.taper.before_schedule()

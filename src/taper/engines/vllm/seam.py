@@ -59,10 +59,6 @@ class SchedulerSeam:
         return running
 
     @property
-    def has_waiting(self) -> bool:
-        return bool(self._scheduler.get_request_counts()[1])
-
-    @property
     def next_step(self) -> int:
         """Number that the coming `schedule()` call will carry."""
         return int(self._scheduler.current_step) + 1
@@ -122,19 +118,19 @@ class SchedulerSeam:
             queue.prepend_requests(reversed(alive) if hasattr(queue, "extendleft") else alive)
 
 
-def step_rows(output: Any) -> tuple[int, int, int, list[str]]:
-    """(decode rows, context tokens they read, prompt tokens, ids of prompt chunks) of a SchedulerOutput."""
+def step_rows(output: Any) -> tuple[int, int, int]:
+    """(decode rows, context tokens they read, prompt tokens) of a SchedulerOutput."""
     scheduled: dict[str, int] = output.num_scheduled_tokens
     cached = output.scheduled_cached_reqs
     drafts = output.scheduled_spec_decode_tokens
     if output.total_num_scheduled_tokens == len(scheduled) and not output.scheduled_new_reqs:
-        return len(scheduled), sum(cached.num_computed_tokens), 0, []
+        return len(scheduled), sum(cached.num_computed_tokens), 0
     computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     computed.update((new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs)
     chunks = [name for name, tokens in scheduled.items() if tokens > 1 and name not in drafts]
     prefill = sum(map(scheduled.__getitem__, chunks))
     context = sum(computed.values()) - sum(map(computed.__getitem__, chunks))
-    return len(scheduled) - len(chunks), context, prefill, chunks
+    return len(scheduled) - len(chunks), context, prefill
 
 
 def preempted(output: Any) -> bool:
