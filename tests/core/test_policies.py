@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,17 @@ def test_prefill_takes_what_decode_slack_leaves_but_never_less_than_its_floor():
     late = make_view(serial(tokens=10, first_token_s=-7.6), fork, waiting)
     assert plan_of("taper", late).prefill_limit_tokens == 200 // 16
     assert plan_of("taper", make_view(serial(tokens=1), waiting)).prefill_limit_tokens is None
+
+
+@pytest.mark.parametrize(("ttft_slo_s", "tokens"), [(0.1, 200), (0.3, 200 // 16), (5.0, 200 // 16)])
+def test_a_prompt_about_to_miss_its_first_token_is_not_held_back(ttft_slo_s, tokens):
+    """16 baseline steps of 12 ms: within 192 ms it is due. One whose promise is broken already presses nobody."""
+    waiting = Req(branches=[(0, 0)], tokens=0, first_token_s=float("nan"), prefill={0: 200}, held={0})
+    behind = serial(tokens=10, first_token_s=-7.6)
+    due = make_view(behind, branching(2, tokens=41), replace(waiting, ttft_slo_s=ttft_slo_s))
+    assert plan_of("taper", due).prefill_limit_tokens == tokens
+    broken = make_view(behind, branching(2, tokens=41), replace(waiting, arrival_s=-1.0, ttft_slo_s=0.5))
+    assert plan_of("taper", broken).prefill_limit_tokens == 200 // 16
 
 
 def test_stock_policies_leave_prefill_to_the_engine():

@@ -114,7 +114,7 @@ class Taper:
         allowed_s = slack.allowed_s(view, credit, budget.live, remaining, knobs=knobs, margin=guidance.margin)
         slack_min_s = float(allowed_s[binding].min(initial=np.inf))
         limit_s = max(slack_min_s, guidance.floor_s)
-        budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, limit_s - decode_s)
+        budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, decode_s=decode_s, limit_s=limit_s)
         order = np.lexsort((view.arrival_s, credit >= 0.0, -view.priority, lost))
         width = budget.admit(budget.protected, order, limit_s)
         # Without branches the engine runs as stock, prompt chunks included.
@@ -127,15 +127,20 @@ def decoding(view: StepView) -> Bools:
     return np.bincount(view.request[view.prefill_tokens == 0], minlength=len(view.tokens)) > 0
 
 
-def prefill_limit(view: StepView, predict: LatencyModel, knobs: Knobs, room_s: float) -> int:
+def prefill_limit(view: StepView, predict: LatencyModel, knobs: Knobs, *, decode_s: float, limit_s: float) -> int:
     """Prompt tokens this step may carry: what decode slack leaves room for.
 
-    Never below the knob, and never below a horizon's share of the backlog: slack that starves prefill of
-    forks, joins and new requests would run up the very debt that shrinks it.
+    Never below the knob, never below a horizon's share of the backlog (slack that starves prefill of forks, joins and
+    new requests would run up the very debt that shrinks it), and never below the prompts whose TTFT SLO ends
+    within a horizon of baseline steps: spread over one, they would miss it.
     """
     backlog = float(view.prefill_tokens.sum())
-    floor = max(knobs.prefill_floor_tokens, backlog / knobs.horizon_steps)
-    tokens = max(predict.prefill_tokens_within(max(room_s, 0.0)), floor)
+    due = 0.0
+    if backlog:
+        is_due = slack.first_token_due(view, within_s=knobs.horizon_steps * decode_s)
+        due = float(view.prefill_tokens[is_due[view.request]].sum())
+    floor = max(knobs.prefill_floor_tokens, backlog / knobs.horizon_steps, due)
+    tokens = max(predict.prefill_tokens_within(max(limit_s - decode_s, 0.0)), floor)
     return int(min(tokens, view.max_prefill_tokens))
 
 

@@ -28,6 +28,12 @@ def published_slack_s(view: StepView) -> Floats:
     return np.where(np.isnan(decoding), waiting, decoding)
 
 
+def first_token_due(view: StepView, *, within_s: float) -> Bools:
+    """Requests whose first token is promised within that time; a promise already broken presses nobody."""
+    left_s = view.arrival_s + view.ttft_slo_s - view.now_s
+    return np.isnan(view.first_token_s) & (left_s >= 0.0) & (left_s <= within_s)
+
+
 def remaining_tokens(view: StepView, *, knobs: Knobs, mean_output_tokens: float) -> Floats:
     """Tokens a request is taken to have ahead of it: up to twice the usual length, and never less than the knob."""
     remaining: Floats = np.maximum(knobs.lookahead_tokens, 2.0 * mean_output_tokens - view.tokens)
