@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -43,7 +44,6 @@ class LinearLatency:
     capture_sizes: tuple[int, ...] = ()  # ascending; empty without CUDA graphs
     scale: float = 1.0
     prefill_scale: float = 1.0
-    _padded: Ints = field(init=False, repr=False, compare=False)  # rows -> captured size, up to the largest
 
     def __post_init__(self) -> None:
         for name in ("base_s", "row_s", "context_s", "prefill_s", "scale", "prefill_scale"):
@@ -54,8 +54,6 @@ class LinearLatency:
             raise ConfigError("latency model: base_s must be > 0")
         if list(self.capture_sizes) != sorted(set(self.capture_sizes)):
             raise ConfigError("latency model: capture_sizes must be strictly ascending")
-        sizes = np.array(self.capture_sizes, dtype=np.int64)
-        object.__setattr__(self, "_padded", sizes.repeat(np.diff(sizes, prepend=-1)))
 
     @overload
     def predict(self, rows: int, context_tokens: int, prefill_tokens: int) -> float: ...
@@ -74,7 +72,7 @@ class LinearLatency:
     def padded(self, rows: int | Ints) -> int | Ints:
         """Rows the device computes: the next captured size, or `rows` beyond the largest."""
         if isinstance(rows, np.ndarray):
-            return np.maximum(self._padded.take(rows, mode="clip"), rows)
+            return np.maximum(_staircase(self.capture_sizes).take(rows, mode="clip"), rows)
         at = bisect_left(self.capture_sizes, rows)
         return self.capture_sizes[at] if at < len(self.capture_sizes) else rows
 
@@ -84,3 +82,11 @@ class LinearLatency:
 
     def corrected(self, *, scale: float, prefill_scale: float) -> LinearLatency:
         return replace(self, scale=scale, prefill_scale=prefill_scale)
+
+
+@lru_cache(maxsize=4)
+def _staircase(capture_sizes: tuple[int, ...]) -> Ints:
+    """Rows -> captured size, from 0 rows up to the largest size."""
+    sizes = np.array(capture_sizes, dtype=np.int64)
+    staircase: Ints = sizes.repeat(np.diff(sizes, prepend=-1))
+    return staircase

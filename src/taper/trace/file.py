@@ -63,7 +63,7 @@ class TraceWriter:
             while not self._closing or self._queue:
                 self._wake.wait(FLUSH_S)
                 self._drain()
-        except OSError as error:
+        except Exception as error:  # whatever it is, it may end the trace and nothing else
             logger.warning("TAPER's trace ends here: %s: %s", self._path, error)
             self._queue = deque(self._queue, maxlen=0)  # takes everything, keeps nothing
         finally:
