@@ -44,7 +44,6 @@ def serve(options: ServeOptions, console: Console) -> int:
     Raises `ConfigError` before or, for a profile of another machine, after the engine start.
     """
     check_profile_file(options)
-    check_profile_file(options)
     server = Server(
         options.model,
         options.vllm_args,
