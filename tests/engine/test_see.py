@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from taper.cli import cli
+from taper.client import by_protocol
 from taper.config import resolve_policy
 from taper.trace.file import read_trace
 from taper.trace.replay import replay
@@ -36,19 +37,19 @@ TAKES_PICTURES = bool(os.environ.get("TAPER_SCREENSHOTS"))
 
 @pytest.fixture(scope="module")
 def load(server) -> Iterator[None]:
-    """Serial and branching requests, one after the other in each of seven clients, until the module is through."""
+    """Programs, wide and serial requests, one after the other in each of eight clients, until the module is through."""
     stop = threading.Event()
+    program = {"lead_tokens": 40, "stages": [{"branches": 3, "tokens": 20, "then_tokens": 8}]}
+    shapes = [by_protocol("scripted", options=program), {"n": 12, "max_tokens": 60}, {"n": 8, "max_tokens": 60}]
+    shapes += [{"max_tokens": 80}] * 5
 
     def client(number: int) -> None:
-        branches = (12, 8, 1, 1, 1, 1, 1)[number]
         with httpx.Client(base_url=server.url, timeout=120, trust_env=False) as http:
-            model = http.get("/v1/models").json()["data"][0]["id"]
+            body = {"messages": [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}], "ignore_eos": True}
             while not stop.is_set():
-                body = {"model": model, "n": branches, "max_tokens": 60 if branches > 1 else 80, "ignore_eos": True}
-                body["messages"] = [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}]
-                http.post("/v1/chat/completions", json=body)
+                http.post("/v1/chat/completions", json=body | shapes[number])
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(7)]
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(len(shapes))]
     for thread in threads:
         thread.start()
     yield
