@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -23,6 +22,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from taper.config import ServerConfig
 from taper.engines.vllm import control
+from taper.engines.vllm.launch import free_port
 from taper.engines.vllm.programs import ChatSwitch
 from taper.engines.vllm.routes import TaperEndpoints, error_response
 from taper.forkjoin.routes import CHAT_PATH, ProgramRoutes
@@ -78,6 +78,7 @@ class Stage:
         for thread in self._threads:
             thread.start()
         while not self._server.started:
+            assert self._threads[0].is_alive(), "the server did not start"
             time.sleep(0.01)
         return self
 
@@ -95,7 +96,7 @@ class Stage:
                 for driver in self.drivers:
                     if driver.scheduler.has_requests():
                         driver.step()
-            time.sleep(0.02)
+            time.sleep(0.05)  # so that long requests outlast a slow browser
 
     def _app(self) -> FastAPI:
         plugin = TaperEndpoints()
@@ -154,9 +155,3 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
     """As vLLM's server puts it."""
     assert isinstance(error, HTTPException)
     return error_response(error.status_code, str(error.detail))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
