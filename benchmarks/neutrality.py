@@ -18,7 +18,7 @@ from pathlib import Path
 
 import httpx
 
-from taper.engines.vllm.launch import Server
+from taper.engines.vllm.launch import Server, exit_on_sigterm
 from taper.model import embedded_model
 
 CONCURRENCY = 12
@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    exit_on_sigterm()
     model = str(embedded_model())
     logs = Path(tempfile.mkdtemp(prefix="taper-neutrality-"))
     with (

@@ -22,7 +22,7 @@ from typing import Any
 import openai
 
 from taper.client import by_protocol
-from taper.engines.vllm.launch import Server
+from taper.engines.vllm.launch import Server, exit_on_sigterm
 from taper.engines.vllm.supervise import obtain_profile
 from taper.model import embedded_model
 
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--chats", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    exit_on_sigterm()
     log = Path(tempfile.mkdtemp(prefix="taper-skeleton-")) / "vllm.log"
     with Server(str(embedded_model()), ["--served-model-name", "m"], embedded=True, log=log) as server:
         profile, origin = obtain_profile(server, progress=print)

@@ -23,7 +23,7 @@ import httpx
 
 from taper.config import ServerConfig
 from taper.core.types import Slo
-from taper.engines.vllm.launch import Server
+from taper.engines.vllm.launch import Server, exit_on_sigterm
 from taper.model import embedded_model
 
 CONCURRENCY = 4
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    exit_on_sigterm()
     model = str(embedded_model())
     folder = Path(tempfile.mkdtemp(prefix="taper-visibility-"))
     plain = ServerConfig(profile=PROFILE, slo=SLO)

@@ -181,7 +181,7 @@ def calibrate(args: Sequence[str], budget_s: float, output: Path | None, url: st
         raise ConfigError(f"--taper-url must begin with http:// or https://, not {url!r}")
     from taper.engines.vllm import report
     from taper.engines.vllm.calibrate import calibrate as run
-    from taper.engines.vllm.launch import CONTROL_HEADER, Server
+    from taper.engines.vllm.launch import CONTROL_HEADER, Server, exit_on_sigterm
     from taper.profile import cache_dir, save_profile
 
     console = Console(stderr=True)
@@ -196,6 +196,7 @@ def calibrate(args: Sequence[str], budget_s: float, output: Path | None, url: st
         done = run(url.rstrip("/"), headers, budget_s=budget_s, progress=say)
     else:
         log = cache_dir() / "calibrate-server.log"
+        exit_on_sigterm()
         say(f"starting vLLM (its output: {log})")
         with Server(model or _embedded(), rest, embedded=model is None, log=log) as server:
             done = run(server.url, server.control_headers, budget_s=budget_s, apply=False, progress=say)
@@ -287,7 +288,9 @@ def demo(
     for name in names:
         resolve_policy(name)
     from taper.demo import DemoOptions, run_demo
+    from taper.engines.vllm.launch import exit_on_sigterm
 
+    exit_on_sigterm()
     options = DemoOptions(
         model=model_name,
         policies=names,

@@ -184,7 +184,8 @@ def _lanes(engine: Mapping[str, Any], *, width: int, most: int) -> Iterable[Text
     room = max(width - 29, 4)
     for lane in found[:most]:
         line = Text(f"#{lane['number']:<7}", style="bright_black", no_wrap=True)
-        cells = [FINISHED] * lane["finished"] + [ROLES[role] for role in lane["roles"]]
+        live = [ROLES[role] for role in lane["roles"]]
+        cells = [FINISHED] * min(lane["finished"], max(room - len(live), 0)) + live
         for glyph, style in cells[:room]:
             line.append(glyph, style=style)
         line.append(" " * (room - min(len(cells), room)))

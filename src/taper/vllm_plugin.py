@@ -62,10 +62,11 @@ class Endpoints:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         from prometheus_client import REGISTRY
 
+        from taper.engines.vllm import compat
         from taper.engines.vllm.programs import ProgramMetrics, VllmEngine
         from taper.forkjoin.service import COUNTS
 
         await self._control.init_state(engine_client, state, args)
         if engine_client is not None:
-            metrics = ProgramMetrics(COUNTS, REGISTRY)
+            metrics = ProgramMetrics(COUNTS, REGISTRY, model=compat.served_model(engine_client))
             self._programs.serve(VllmEngine(engine_client, args), metrics.add)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from taper.config import ServerConfig
 from taper.core.types import Slo
 from taper.engines.vllm.launch import Server
 from taper.model import embedded_model
+
+# A run that is terminated ends like one that is interrupted: servers are stopped and do not outlive it.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from taper.client import by_protocol
 from taper.engines.vllm.launch import Server
 from taper.model import embedded_model
 
@@ -73,6 +74,12 @@ def attribute(span, name):
     return value.int_value or value.string_value
 
 
+def scrape(server):
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        text = http.get("/metrics").text
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
 def test_both_processes_give_the_same_figures_and_spans_arrive(pair, collector):
     model = None
     for _ in range(REQUESTS):  # a connection each, so that both processes get some
@@ -83,9 +90,7 @@ def test_both_processes_give_the_same_figures_and_spans_arrive(pair, collector):
     time.sleep(1)
     finished, tokens = set(), set()
     for _ in range(8):
-        with httpx.Client(base_url=pair.url, timeout=60, trust_env=False) as http:
-            text = http.get("/metrics").text
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        samples = scrape(pair)
         finished.add(
             sum(
                 one.value
@@ -104,3 +109,21 @@ def test_both_processes_give_the_same_figures_and_spans_arrive(pair, collector):
     assert [attribute(span, "taper.branches") for span in requests] == [BRANCHES] * REQUESTS
     assert len(branches) == REQUESTS * BRANCHES
     assert {span.parent_span_id for span in branches} == {span.span_id for span in requests}
+
+
+def test_programs_are_summed_over_both_processes(pair):
+    profile = {"lead_tokens": 8, "stages": [{"branches": 2, "tokens": 8, "then_tokens": 4}]}
+    body = {"messages": [{"role": "user", "content": "Hi"}], **by_protocol("scripted", options=profile)}
+    reused = 0
+    for _ in range(REQUESTS):
+        with httpx.Client(base_url=pair.url, timeout=60, trust_env=False) as http:
+            answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+        usage = answer["usage"]["taper"]
+        reused += sum(fork["cached_tokens"] for fork in usage["forks"])
+    model = answer["model"]
+    for _ in range(8):
+        found = {one.name: one for one in scrape(pair) if one.name.startswith("taper:program_")}
+        assert found["taper:program_complete_total"].value == REQUESTS
+        assert found["taper:program_forked_branches_total"].value == 2 * REQUESTS
+        assert found["taper:program_fork_cached_tokens_total"].value == reused
+        assert {tuple(one.labels.items()) for one in found.values()} == {(("model_name", model),)}

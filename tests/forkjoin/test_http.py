@@ -53,7 +53,7 @@ def application(engine, *, is_served=True):
     app.add_middleware(ChatSwitch, path=CHAT_PATH)
     if is_served:
         app.state.registry = CollectorRegistry()
-        app.state.service = routes.serve(engine, ProgramMetrics(COUNTS, app.state.registry).add)
+        app.state.service = routes.serve(engine, ProgramMetrics(COUNTS, app.state.registry, model="toy").add)
     return app
 
 
@@ -120,6 +120,16 @@ def test_interleaved_chunks_carry_their_branch():
     assert texts["0.1"] == "\n<Path>\n1: one</Path>"
     assert texts["0.2"] == "\n<Path>\n2: second</Path>"
     assert texts["0"].endswith("\n<Conclusion>\nDone.")
+
+
+def test_an_interleaved_stream_tells_the_outline_apart_from_the_answer():
+    client = sync_client(application(ToyEngine(lambda prompt: "1. a b\n2. c d" if "outline of" in prompt else " x")))
+    extra = by_protocol("skeleton-of-thought", order="interleaved")
+    chunks = list(client.chat.completions.create(model="toy", messages=CHAT, stream=True, extra_body=extra))
+    answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert sorted(answer) == sorted("1. a b: x\n\n2. c d: x\n\n")
+    outline = [chunk.taper["text"] for chunk in chunks if chunk.taper.get("type") == "branch.delta"]
+    assert "".join(outline) == "1. a b\n2. c d"
 
 
 def failing(prompt):
@@ -226,8 +236,8 @@ def test_totals_and_schema():
     assert state["live"] == 0
     assert (state["totals"]["complete"], state["totals"]["forked_branches"]) == (1, 2)
     metrics = generate_latest(app.state.registry).decode()
-    assert "taper:program_forked_branches_total 2.0" in metrics
-    assert f"taper:program_join_tokens_total {float(state['totals']['join_tokens'])}" in metrics
+    assert 'taper:program_forked_branches_total{model_name="toy"} 2.0' in metrics
+    assert f'taper:program_join_tokens_total{{model_name="toy"}} {float(state["totals"]["join_tokens"])}' in metrics
     schemas = TestClient(app).get("/openapi.json").json()["components"]["schemas"]
     assert schemas["ProgramRequest"]["additionalProperties"] is False
     assert {"ProgramRequest", "ChatRequest", "BranchRequest", "JoinRequest"} <= set(schemas)

@@ -52,7 +52,7 @@ def page(chromium: Any, url: str, *, size: dict[str, int] = LAPTOP, scheme: str 
         context.close()
 
 
-def until(tab: Any, condition: str, argument: Any = None, *, patience_s: float = 20.0) -> None:
+def until(tab: Any, condition: str, argument: Any = None, *, patience_s: float = 60.0) -> None:
     """Wait until a JavaScript expression, or function of `argument`, is true; the page's own policy forbids
     Playwright's way of doing that inside the page."""
     for _ in range(round(patience_s / 0.05)):

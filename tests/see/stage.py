@@ -1,14 +1,14 @@
 """TAPER's routes on a real HTTP server, over a real vLLM scheduler without an engine.
 
 `Stage` steps the scheduler in a thread of its own, as an engine would, and answers the engine methods between
-two steps. The chat route is the test's own: it streams numbered words, one per branch and round.
+two steps. The chat route is the test's own: it streams numbered words, one per branch and round; where a request
+names a protocol, the real routes answer over a toy engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -17,11 +17,16 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from taper.config import ServerConfig
 from taper.engines.vllm import control
-from taper.engines.vllm.routes import TaperEndpoints
+from taper.engines.vllm.launch import free_port
+from taper.engines.vllm.programs import ChatSwitch
+from taper.engines.vllm.routes import TaperEndpoints, error_response
+from taper.forkjoin.routes import CHAT_PATH, ProgramRoutes
+from tests.forkjoin.toy import ToyEngine
 from tests.vllm.harness import Driver
 
 MODEL = "tiny-model"
@@ -73,6 +78,7 @@ class Stage:
         for thread in self._threads:
             thread.start()
         while not self._server.started:
+            assert self._threads[0].is_alive(), "the server did not start"
             time.sleep(0.01)
         return self
 
@@ -90,7 +96,7 @@ class Stage:
                 for driver in self.drivers:
                     if driver.scheduler.has_requests():
                         driver.step()
-            time.sleep(0.02)
+            time.sleep(0.05)  # so that long requests outlast a slow browser
 
     def _app(self) -> FastAPI:
         plugin = TaperEndpoints()
@@ -104,6 +110,11 @@ class Stage:
         app = FastAPI(lifespan=lifespan)
         plugin.attach_router(app)
         app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
+        programs = ProgramRoutes(ServerConfig())
+        programs.attach_router(app)
+        programs.serve(ToyEngine(model_says, models=(MODEL,)))
+        app.add_middleware(ChatSwitch, path=CHAT_PATH)
+        app.add_exception_handler(HTTPException, refuse)
         if self._api_key:
             app.middleware("http")(self._authenticate)
         return app
@@ -119,16 +130,28 @@ async def chat(request: Request) -> StreamingResponse:
 
     async def stream() -> AsyncIterator[str]:
         for word in range(body["max_tokens"]):
+            finish = "length" if word + 1 == body["max_tokens"] else None
             for index in range(body["n"]):
-                choice = {"index": index, "delta": {"content": f"b{index}w{word} "}, "finish_reason": None}
+                choice = {"index": index, "delta": {"content": f"b{index}w{word} "}, "finish_reason": finish}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
             await asyncio.sleep(0.01)
+        usage = {"completion_tokens": body["max_tokens"] * body["n"]}
+        yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def model_says(prompt: str) -> str:
+    """An outline where it is asked for one, and something about its points; a question with a bang in it fails."""
+    if "outline of an answer" in prompt:
+        return "!out of luck" if "bang" in prompt else "1. Sun\n2. Moon\n3. Sky"
+    if prompt.endswith("Moon:"):
+        return "!no moon" if "eclipse" in prompt else " cold."
+    return " hot." if prompt.endswith("Sun:") else " blue."
+
+
+async def refuse(request: Request, error: Exception) -> JSONResponse:
+    """As vLLM's server puts it."""
+    assert isinstance(error, HTTPException)
+    return error_response(error.status_code, str(error.detail))

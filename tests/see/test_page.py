@@ -91,11 +91,75 @@ def test_the_playground_streams_its_branches_side_by_side(browser, driver):
         texts = tab.locator("#outputs p").all_inner_texts()
         assert [text.split()[0] for text in texts] == ["b0w0", "b1w0", "b2w0", "b3w0"]
         assert all(len(text.split()) == 30 for text in texts)
-        tab.fill("#tokens", "2000")
+        tab.fill("#tokens", "4096")
         tab.click("#go")
         until(tab, "document.querySelector('#outputs p').textContent.includes('b0w3')")
         tab.click("#stop")
         until(tab, "document.getElementById('play-note').textContent.startsWith('stopped')")
+        assert {state for _, state, _ in cards(tab)} == {"cut short"}
+
+
+def cards(tab):
+    """(title, state, text) of every card of the playground."""
+    found = tab.evaluate(
+        "[...document.querySelectorAll('#outputs li')].map(card => [...card.querySelectorAll('h3 span, p')]"
+        ".map(part => part.textContent))"
+    )
+    return [tuple(card) for card in found]
+
+
+def note(tab, words):
+    until(tab, "words => document.getElementById('play-note').textContent.includes(words)", words)
+
+
+def test_the_playground_follows_a_protocol(browser, driver):
+    with Stage(driver()) as stage, page(browser, f"{stage.url}/taper") as tab:
+        live(tab)
+        tab.fill("#branches", "24")
+        tab.select_option("#protocol", "skeleton-of-thought")
+        assert tab.input_value("#branches") == "10"  # as many as it can have
+        tab.click("#go")
+        note(tab, "done: ")
+        assert cards(tab) == [
+            ("Root", "stop", "1. Sun\n2. Moon\n3. Sky"),
+            ("Branch 1", "stop", "1. Sun: hot.\n\n"),
+            ("Branch 2", "stop", "2. Moon: cold.\n\n"),
+            ("Branch 3", "stop", "3. Sky: blue.\n\n"),
+        ]
+        assert tab.inner_text("#play-note").startswith("done: 38 tokens in ")
+        assert serious_findings(tab) == []
+        tab.select_option("#protocol", "scripted")
+        tab.fill("#tokens", "5")
+        tab.fill("#branches", "2")
+        tab.click("#go")
+        note(tab, "done: 20 tokens")
+        root, *branches = cards(tab)
+        assert root == ("Root", "length", " blue\n blue")
+        assert branches == [("Branch 1", "length", "\n blue"), ("Branch 2", "length", "\n blue")]
+        tab.select_option("#protocol", "off")
+        tab.click("#go")
+        note(tab, "done: 10 tokens")
+        assert [card[:2] for card in cards(tab)] == [("Branch 1", "length"), ("Branch 2", "length")]
+
+
+def test_the_playground_says_what_went_wrong(browser, driver):
+    with Stage(driver()) as stage, page(browser, f"{stage.url}/taper") as tab:
+        tab.expected_errors.append("400")
+        live(tab)
+        tab.select_option("#protocol", "scripted")
+        tab.fill("#branches", "17")  # the toy engine holds 16 rows
+        tab.click("#go")
+        note(tab, "Failed: HTTP 400: ")
+        assert "17 branches at once" in tab.inner_text("#play-note")
+        tab.select_option("#protocol", "skeleton-of-thought")
+        tab.fill("#prompt", "With a bang?")
+        tab.click("#go")
+        note(tab, "Failed: the answer is incomplete: ")
+        assert "out of luck" in tab.inner_text("#play-note")
+        tab.fill("#prompt", "An eclipse?")
+        tab.click("#go")
+        note(tab, "done in part, branch 0.2 ended with error: RuntimeError: no moon; ")
+        assert [state for _, state, _ in cards(tab)] == ["stop", "stop", "RuntimeError: no moon", "stop"]
 
 
 def test_settings_are_off_unless_allowed(browser, driver):
@@ -127,7 +191,7 @@ def test_it_survives_a_server_that_goes_away_and_comes_back(browser, driver):
     with Stage(scene) as stage:
         context = page(browser, f"{stage.url}/taper")
         tab = context.__enter__()
-        tab.expected_errors.append("ERR_CONNECTION")
+        tab.expected_errors.append("net::ERR_")
         live(tab)
     until(tab, "document.getElementById('status').textContent.startsWith('no answer, trying again')")
     with Stage(scene, port=stage.port):

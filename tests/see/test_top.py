@@ -69,6 +69,12 @@ def test_it_fits_any_terminal(width):
     assert "and " in text
 
 
+def test_finished_branches_do_not_hide_those_that_run():
+    answer = body(lanes=1)
+    answer["engines"][0]["lanes"][0]["finished"] = 500
+    assert "✓✓█▓░·" in picture(taken(answer), width=80)
+
+
 def test_the_timeline_is_put_together():
     watch = taken(body())
     later = body(now_s=105.0, seconds=(103, 104, 105))

@@ -114,6 +114,19 @@ def test_it_is_bounded_and_rotates(record, tmp_path):
     with path.open("ab") as out:
         out.write(b'{"schema": "taper.deci')  # what a killed writer leaves
     assert [one.step for one in read_trace(path)] == steps
+    again = TraceWriter(path, max_bytes=10**9)
+    again.put(replace(decisions[0], step=100))
+    again.close()
+    assert [one.step for one in read_trace(path)] == [*steps, 100]
+
+
+def test_a_full_disk_ends_the_trace_and_is_counted(record):
+    decisions = list(read_trace(record()))
+    writer = TraceWriter(Path("/dev/full"), max_bytes=1 << 20)
+    writer.put(decisions[0])
+    writer.close()
+    writer.put(decisions[0])
+    assert writer.dropped == 1
 
 
 def test_what_does_not_fit_is_refused_by_line(record, tmp_path):

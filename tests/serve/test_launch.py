@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -173,3 +175,29 @@ def test_a_server_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(ServerError, match="GET /taper/state: "):
         server.state()
     assert os.listdir(tmp_path) == []
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from taper.engines.vllm.launch import Server, exit_on_sigterm
+exit_on_sigterm()
+server = Server("m", log=Path(sys.argv[1]))
+server.argv = [sys.executable, "-c", sys.argv[2], str(server.port)]
+with server:
+    print(server._process.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_terminated_owner_takes_its_server_with_it(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path / "log"), HEALTHY], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    owner.terminate()
+    assert owner.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    owner.stdout.close()

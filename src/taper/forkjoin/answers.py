@@ -137,7 +137,10 @@ def chat_json(program_id: str, model: str, created: int, gathered: Gathered, con
 
 @dataclass(slots=True, kw_only=True)
 class ChatStream:
-    """Chat completion chunks: one ordered answer, or (`interleaved`) text as it comes with its branch's id."""
+    """Chat completion chunks: one ordered answer, or (`interleaved`) text as it comes with its branch's id.
+
+    What is generated beside the answer (an outline) is then an event beside an empty delta, as in a program's stream.
+    """
 
     program_id: str
     model: str
@@ -153,11 +156,10 @@ class ChatStream:
             return self._last(event)
         if not self.interleaved:
             return [self._chunk({"content": ordered})] if ordered else []
-        if isinstance(event, Text):
-            if not event.is_visible or not event.text:
-                return []
-            return [self._chunk({"content": event.text}, {"branch": event.branch})]
-        return [self._chunk({}, event_json(event))]
+        if isinstance(event, Text) and event.is_visible:
+            return [self._chunk({"content": event.text}, {"branch": event.branch})] if event.text else []
+        shown = event_json(event)
+        return [self._chunk({}, shown)] if shown else []
 
     def _last(self, done: Done) -> list[dict[str, Any]]:
         if done.status is Status.FAILED:

@@ -7,10 +7,13 @@ up with is dropped and counted.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from taper.core.types import ConfigError
 from taper.trace.decision import Decision, TraceError, dump, parse
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 QUEUE_DECISIONS = 2048  # half a minute of steps
 FLUSH_S = 0.5
+BLOCK_BYTES = 1 << 16
 
 
 def older(path: Path) -> Path:
@@ -37,17 +41,18 @@ class TraceWriter:
         self._queue: deque[Decision] = deque()
         self._wake = threading.Event()
         self._closing = False
+        self._is_broken = False
         try:
-            self._file = path.open("ab")
+            self._file: BinaryIO = path.open("a+b")
+            self._size = _drop_torn_line(self._file)
         except OSError as error:
             raise ConfigError(f"trace {path}: {error.strerror or error}") from error
-        self._size = self._file.tell()
         self._thread = threading.Thread(target=self._run, name="taper-trace", daemon=True)
         self._thread.start()
 
     def put(self, decision: Decision) -> None:
         """Takes a microsecond; the decision's columns must not change any more."""
-        if len(self._queue) >= QUEUE_DECISIONS:
+        if self._is_broken or len(self._queue) >= QUEUE_DECISIONS:
             self.dropped += 1
             return
         self._queue.append(decision)
@@ -63,11 +68,13 @@ class TraceWriter:
             while not self._closing or self._queue:
                 self._wake.wait(FLUSH_S)
                 self._drain()
+            self._file.close()
         except Exception as error:  # whatever it is, it may end the trace and nothing else
             logger.warning("TAPER's trace ends here: %s: %s", self._path, error)
-            self._queue = deque(self._queue, maxlen=0)  # takes everything, keeps nothing
-        finally:
-            self._file.close()
+            self._is_broken = True
+            self._queue.clear()
+            with suppress(OSError):  # what is still in its buffer does not fit either
+                self._file.close()
 
     def _drain(self) -> None:
         while self._queue:
@@ -79,6 +86,22 @@ class TraceWriter:
             self._file.write(line)
             self._size += len(line)
         self._file.flush()
+
+
+def _drop_torn_line(file: BinaryIO) -> int:
+    """Cut off what a killed writer left of its last line, lest the next one be appended to it; the size then."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - BLOCK_BYTES, 0)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+    return end
 
 
 def read_trace(path: Path) -> Iterator[Decision]:

@@ -1,7 +1,7 @@
 // One lane per request, one cell per branch, on a canvas as high as the window over them: 1,000 lanes cost
 // as much as the dozen that can be seen.
 
-export const LANE = 28, CELL = 16;
+export const LANE = 28, CELL = 16, LEAST = 4;
 const ROLES = { P: "protected", E: "extra", F: "prefill", D: "deferred", H: "held", W: "held" };
 
 export class Lanes {
@@ -47,11 +47,13 @@ export class Lanes {
       pen.fillStyle = look.muted;
       pen.fillText(`${lane.tokens.toLocaleString("en")} tok`, wide - 84, middle);
     }
-    const count = lane.finished + lane.roles.length, room = wide - left - right;
+    // Where cells would get too small, finished branches are left out first.
+    const room = wide - left - right, finished = Math.min(lane.finished, Math.max(Math.floor(room / LEAST) - lane.roles.length, 0));
+    const count = finished + lane.roles.length;
     const pitch = Math.min(40, room / count), size = Math.max(pitch - (pitch > 6 ? 3 : 1), 1);
     const longest = Math.max(1, ...lane.progress);
     for (let cell = 0; cell < count; cell++) {
-      const branch = cell - lane.finished, x = left + cell * pitch;
+      const branch = cell - finished, x = left + cell * pitch;
       const role = branch < 0 ? "finished" : ROLES[lane.roles[branch]];
       box(pen, look, role, x, middle - CELL / 2, size, branch < 0 ? 1 : lane.progress[branch] / longest);
     }

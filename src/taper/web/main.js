@@ -4,7 +4,7 @@ import { Chart } from "./charts.js";
 import { Lanes, signed } from "./lanes.js";
 import { Playground, reason } from "./playground.js";
 
-const PERIOD_MS = 500, SLOWEST_MS = 5000, KEPT_S = 300, TABLE_ROWS = 100, STALE_S = 3, SMOOTH_S = 20;
+const PERIOD_MS = 500, SLOWEST_MS = 5000, PATIENCE_MS = 10000, KEPT_S = 300, TABLE_ROWS = 100, STALE_S = 3, SMOOTH_S = 20;
 const $ = (id) => document.getElementById(id);
 const ms = (seconds, digits = 1) => (seconds === null || seconds === undefined ? "–" : `${(seconds * 1000).toFixed(digits)} ms`);
 const percent = (share) => (share === null ? "–" : `${(share * 100).toFixed(share < 1 ? 1 : 0)} %`);
@@ -41,7 +41,8 @@ async function poll() {
   let wait = PERIOD_MS;
   try {
     const since = Math.min(...state.timelines.map((line) => line.at(-1)?.[0] ?? 0), Infinity);
-    const answer = await fetch(`taper/live?since=${Number.isFinite(since) ? since : 0}`, { cache: "no-store" });
+    const signal = AbortSignal.timeout(PATIENCE_MS);
+    const answer = await fetch(`taper/live?since=${Number.isFinite(since) ? since : 0}`, { cache: "no-store", signal });
     if (!answer.ok) throw new Error(await reason(answer));
     take(await answer.json());
     state.failures = 0;

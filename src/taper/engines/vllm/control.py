@@ -13,7 +13,7 @@ from typing import Any
 from taper.config import resolve_policy, settings
 from taper.core.types import ConfigError, Knobs
 from taper.engines.vllm import compat
-from taper.engines.vllm.live import live, slack_quantiles_s
+from taper.engines.vllm.live import STEP_KEYS, live, slack_quantiles_s
 from taper.engines.vllm.meter import Window
 from taper.engines.vllm.regulator import Regulator
 from taper.profile import Profile, parse_profile
@@ -21,10 +21,6 @@ from taper.profile import Profile, parse_profile
 SCHEMA = "taper.state/1"
 SLO_KEYS = {"tpot_slo_s": "tpot_s", "ttft_slo_s": "ttft_s"}
 PATCH_KEYS = ("policy", *SLO_KEYS, "knobs", "profile")
-STEP_KEYS = (
-    "rows", "protected", "extra", "deferred", "held", "groups", "budget_s", "predicted_s", "baseline_s",
-    "slack_min_s", "measured_s", "prefill_tokens",
-)  # fmt: skip
 
 
 def snapshot(taper: Regulator) -> dict[str, Any]:

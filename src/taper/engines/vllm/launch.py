@@ -202,6 +202,12 @@ class Server:
         return f": {last[:300]} (its output: {self.log})"
 
 
+def exit_on_sigterm() -> None:
+    """From now on SIGTERM is an ordinary exit of this process: servers have process groups of their own and
+    would outlive it, were their context managers not left."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def answer_of(response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a control route's answer, or `ServerError` with the server's own words."""
     where = f"{response.request.method} {response.request.url.path}"

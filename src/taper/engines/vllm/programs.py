@@ -105,12 +105,16 @@ class VllmEngine:
 
 
 class ProgramMetrics:
-    """Counters `taper:program_*` on the server's own /metrics; right with several API processes, like vLLM's own."""
+    """Counters `taper:program_*` on the server's own /metrics; right with several API processes, like vLLM's own.
 
-    def __init__(self, counts: Mapping[str, str], registry: CollectorRegistry) -> None:
-        """counts: name -> what it means."""
+    Labelled with the model and no engine: programs are the API server's, and it counts them.
+    """
+
+    def __init__(self, counts: Mapping[str, str], registry: CollectorRegistry, *, model: str) -> None:
+        """counts: name -> what it means. All are there from the start, as 0."""
         self._counters = {
-            name: Counter(f"taper:program_{name}", meaning, registry=registry) for name, meaning in counts.items()
+            name: Counter(f"taper:program_{name}", meaning, ["model_name"], registry=registry).labels(model)
+            for name, meaning in counts.items()
         }
 
     def add(self, found: Mapping[str, int]) -> None:

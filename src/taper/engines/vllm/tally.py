@@ -173,9 +173,9 @@ class Tally:
             ttft_s = group.first_token_s - group.arrival_s
             self.ttft_s.append(ttft_s)
             tally.ttft_missed += ttft_s > group.claims.slo.ttft_s
-        if finished is None:
+        if not group.is_whole:
             cause = "aborted"
-        elif tokens < 2:
+        elif finished is None or tokens < 2:
             tally.unjudged += 1
             return
         elif finished.met:
