@@ -12,19 +12,33 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-PROGRAM = Path(__file__).with_name("outputs_under_policies.py")
+ROOT = Path(__file__).parents[2]
+
+
+def report_of(module, folder, **env):
+    """Run in a process of its own: an engine keeps its memory and its threads."""
+    path = folder / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.engine.{module}", str(path)],
+        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **env},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Run in a process of its own: an in-process engine keeps its memory and its threads."""
-    path = tmp_path_factory.mktemp("outputs") / "report.json"
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(path)], env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(path.read_text())
+    folder = tmp_path_factory.mktemp("outputs")
+    return report_of("outputs_under_policies", folder, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return report_of("programs_under_policies", tmp_path_factory.mktemp("programs"))
 
 
 @pytest.mark.parametrize("policy", ["off", "cap:2", "taper", "random"])
@@ -38,3 +52,20 @@ def test_tokens_equal_those_under_eager(report, policy):
 def test_eager_defers_nothing(report):
     assert report["eager"]["deferred_row_steps"] == 0
     assert len(report["eager"]["lengths"]) == 24
+
+
+@pytest.mark.parametrize("policy", ["off", "taper"])
+def test_tokens_of_programs_equal_those_under_eager(programs, policy):
+    """Every run of two programs and of the serial request beside them; a near-tie would show both logit gaps."""
+    found = programs[policy]
+    assert found["deferred_row_steps"] > 0, "nothing was deferred: the comparison would be empty"
+    assert found["fallbacks"] == 0
+    assert found["mismatches"] == []
+    assert found["said"] == programs["eager"]["said"]
+
+
+def test_programs_under_eager_defer_nothing_and_fork_and_join(programs):
+    eager = programs["eager"]
+    assert eager["deferred_row_steps"] == 0
+    assert [[said[0], len(said) - 1] for said in eager["said"]] == [["complete", 5], ["complete", 3]]
+    assert eager["lengths"][:7] == [300, 24, 32, 32, 32, 32, 24]  # serial, lead, branches, continuation
