@@ -42,7 +42,8 @@ class LiveBranch:
     parser: Parser
     context: Context
     leg: Leg
-    kind: str  # of the current run: "open", "fork" or "join"
+    kind: str  # of the current run: see `Usage.add_prefill`
+    leg_tokens: int = 0  # generated in the current leg
     task: asyncio.Task[None] | None = None
     run: int = 0  # number of the current run; what an earlier one still sends is dropped
     has_begun: bool = False  # the current run has sent its first chunk
@@ -60,4 +61,5 @@ class Silence:
     token_ids: Sequence[int] = ()
     text = ""
     finish: str | None = "stop"
+    stop: str | None = None
     cached_tokens = 0
