@@ -471,6 +471,11 @@ def test_replicas_are_taken_in_turn_and_held_for_the_whole_program():
     assert [run["replica"] for run in engine.runs] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
 
 
+def test_programs_that_are_accepted_at_once_go_to_different_replicas():
+    service = Service(ToyEngine(multiverse, replicas=2), time.monotonic)
+    assert [service.next_replica() for _ in range(4)] == [0, 1, 0, 1]
+
+
 class Noting:
     """A protocol of a plug-in: at "!" a note is written beside the text, and all notes are read at the end of it."""
 

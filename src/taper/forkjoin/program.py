@@ -33,6 +33,15 @@ class Program:
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     replica: int | None = None
 
+    def sampling_of(self, leg: Leg, *, is_opening: bool) -> dict[str, Any]:
+        """Of one run, without its `max_tokens`: the leg's own stops and the client's."""
+        merged = {**self.sampling, **(self.opening_sampling if is_opening else {}), **leg.sampling}
+        return {
+            **merged,
+            "stop": [*leg.kept_stops, *merged.get("stop", ())],
+            "skip_special_tokens": not self.front.keeps_special_tokens,
+        }
+
 
 @dataclass(slots=True, eq=False)
 class LiveBranch:

@@ -256,16 +256,9 @@ class Run:
             full = f"a context of {len(ids)} tokens leaves no room; this model's is {engine.max_model_tokens}"
             self._inbox.put_nowait((branch.name, run, ContextFull(full)))
             return
-        opening = program.opening_sampling if branch.kind == "open" else {}
-        own_stops = tuple(branch.leg.sampling.get("stop", program.sampling.get("stop", ())))
-        sampling = {**program.sampling, **opening, **branch.leg.sampling, "max_tokens": max_tokens}
-        sampling |= {
-            "stop": [*branch.leg.kept_stops, *own_stops],
-            "skip_special_tokens": not program.front.keeps_special_tokens,
-        }
         stream = engine.generate(
             tuple(ids),
-            sampling,
+            {**program.sampling_of(branch.leg, is_opening=branch.kind == "open"), "max_tokens": max_tokens},
             kept_stops=branch.leg.kept_stops,
             request_id=program.id,
             extra_args=program.extra_args,
