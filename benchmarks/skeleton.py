@@ -3,6 +3,7 @@
     python benchmarks/skeleton.py [--rounds N] [--answers N] [--chats N] [--json PATH]
 
 Every round runs every policy, in an order that turns. `off` is the same work one row at a time, that is serially.
+The outline's form is forced, so that every answer has as many points, of at most as many tokens.
 The SLO lies half-way between the steps of `off` and of `eager` with all points running. Chats decode all the time;
 their figures are over the gaps between tokens that lie inside the answers' time.
 """
@@ -27,7 +28,8 @@ from taper.engines.vllm.supervise import obtain_profile
 from taper.model import embedded_model
 
 POLICIES = ("off", "eager", "taper")
-POINTS = 8
+POINTS, POINT_TOKENS = 8, 40
+OUTLINE = r"\n".join(rf"{number}\. [a-z ]{{8,24}}" for number in range(1, POINTS + 1))
 CONTEXT_TOKENS = 250  # of a row, about
 QUESTIONS = (
     "What are the benefits of regular exercise?",
@@ -44,8 +46,14 @@ async def answer(client: openai.AsyncOpenAI, model: str, question: str) -> tuple
         model=model,
         messages=[{"role": "user", "content": question}],
         temperature=0.0,
-        extra_body=by_protocol("skeleton-of-thought", options={"max_points": POINTS, "point_tokens": 80}),
+        extra_body=by_protocol(
+            "skeleton-of-thought",
+            opening_regex=OUTLINE,
+            options={"max_points": POINTS, "point_tokens": POINT_TOKENS, "outline_tokens": 200},
+        ),
     )
+    if len(done.usage.taper["forks"]) != POINTS:
+        raise SystemExit(f"{len(done.usage.taper['forks'])} points instead of {POINTS}: the work is not the same")
     return time.monotonic() - start_s, done.usage.completion_tokens
 
 

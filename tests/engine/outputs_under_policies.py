@@ -1,6 +1,6 @@
 """Generate the same 24 grouped requests under each policy and compare them with eager; writes a JSON report.
 
-VLLM_ENABLE_V1_MULTIPROCESSING=0 python outputs_under_policies.py REPORT
+VLLM_ENABLE_V1_MULTIPROCESSING=0 python -m tests.engine.outputs_under_policies REPORT
 """
 
 from __future__ import annotations

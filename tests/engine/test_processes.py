@@ -1,4 +1,4 @@
-"""A server with two API processes and vLLM's tracing on: the same figures from both, and spans that arrive."""
+"""A server with two API processes, tracing and an API key: equal figures, spans, and nothing without the key."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from taper.model import embedded_model
 pytestmark = pytest.mark.engine
 
 BRANCHES, TOKENS, REQUESTS = 4, 16, 6
+KEY = "a-key"
+STAGE = {"branches": 2, "tokens": 2}
 
 
 class Collector:
@@ -63,7 +65,7 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def pair(collector, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("pair") / "vllm.log"
-    args = ("--api-server-count", "2", "--otlp-traces-endpoint", collector.url)
+    args = ("--api-server-count", "2", "--api-key", KEY, "--otlp-traces-endpoint", collector.url)
     env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "200"}
     with Server(str(embedded_model()), args, embedded=True, log=log, env=env) as running:
         yield running
@@ -75,7 +77,7 @@ def attribute(span, name):
 
 
 def scrape(server):
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with server.client(timeout=60) as http:
         text = http.get("/metrics").text
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
@@ -83,7 +85,7 @@ def scrape(server):
 def test_both_processes_give_the_same_figures_and_spans_arrive(pair, collector):
     model = None
     for _ in range(REQUESTS):  # a connection each, so that both processes get some
-        with httpx.Client(base_url=pair.url, timeout=60, trust_env=False) as http:
+        with pair.client(timeout=60) as http:
             model = model or http.get("/v1/models").json()["data"][0]["id"]
             body = {"model": model, "prompt": "Once", "n": BRANCHES, "max_tokens": TOKENS, "ignore_eos": True}
             http.post("/v1/completions", json=body).raise_for_status()
@@ -116,7 +118,7 @@ def test_programs_are_summed_over_both_processes(pair):
     body = {"messages": [{"role": "user", "content": "Hi"}], **by_protocol("scripted", options=profile)}
     reused = 0
     for _ in range(REQUESTS):
-        with httpx.Client(base_url=pair.url, timeout=60, trust_env=False) as http:
+        with pair.client(timeout=60) as http:
             answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
         usage = answer["usage"]["taper"]
         reused += sum(fork["cached_tokens"] for fork in usage["forks"])
@@ -127,3 +129,17 @@ def test_programs_are_summed_over_both_processes(pair):
         assert found["taper:program_forked_branches_total"].value == 2 * REQUESTS
         assert found["taper:program_fork_cached_tokens_total"].value == reused
         assert {tuple(one.labels.items()) for one in found.values()} == {(("model_name", model),)}
+
+
+@pytest.mark.parametrize("path", ["/v1/taper/programs", "/v1/taper/chat", "/v1/chat/completions"])
+def test_fork_and_join_need_the_key(pair, path):
+    """Also where the switch turns a chat completion into a program."""
+    messages = [{"role": "user", "content": "Count."}]
+    chat = {"messages": messages, "taper": {"protocol": "scripted", "options": {"stages": [STAGE]}}}
+    body = {"messages": messages, "branches": [{"max_tokens": 2}] * 2} if path.endswith("programs") else chat
+    headers = [{}, {"Authorization": "Bearer another"}, {"Authorization": f"Bearer {KEY}"}]
+    found = [
+        httpx.post(f"{pair.url}{path}", json=body, headers=given, timeout=60, trust_env=False).status_code
+        for given in headers
+    ]
+    assert found == [401, 401, 200]

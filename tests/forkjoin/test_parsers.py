@@ -69,16 +69,16 @@ def test_multiverse_headers_and_join():
     fork, malformed = one_fork("multiverse", text)
     assert (fork.at, malformed) == (len(text), 0)
     assert [branch.header for branch in fork.branches] == ["\n<Path>\n1.1:", "\n<Path>\n1.2:"]
-    assert [branch.leg.stop for branch in fork.branches] == [("</Goal>", "</Path>")] * 2
+    assert [branch.leg.kept_stops for branch in fork.branches] == [("</Goal>", "</Path>")] * 2
     assert [branch.closing for branch in fork.branches] == ["</Path>"] * 2
-    assert (fork.join.value, fork.resume.text, fork.resume.leg.stop) == ("all", "\n<Conclusion>\n", ("</Goal>",))
+    assert (fork.join.value, fork.resume.text, fork.resume.leg.kept_stops) == ("all", "\n<Conclusion>\n", ("</Goal>",))
 
 
 def test_threadweaver_headers_and_join():
     fork, _ = one_fork("threadweaver", "<Outlines><Outline> 1: a</Outline></Outlines>", is_root=False)
     (branch,) = fork.branches
     assert (branch.header, branch.closing) == ("\n<Thread>\n1:", "</Thread>")
-    assert fork.resume.leg.stop == ("</Outlines>", "</Thread>")
+    assert fork.resume.leg.kept_stops == ("</Outlines>", "</Thread>")
 
 
 def test_sprint_headers_and_join():

@@ -15,6 +15,7 @@ class ToyChunk:
     token_ids: Sequence[int]
     text: str
     finish: str | None
+    stop: str | None
     cached_tokens: int
 
 
@@ -79,11 +80,15 @@ class ToyEngine:
                 is_last = finish != "never" and len(said) == len(text)
                 self._remember(prompt + said, len(prompt + said) - 1)
                 yield ToyChunk(
-                    token_ids=self.encode(piece), text=piece, finish=finish if is_last else None, cached_tokens=cached
+                    token_ids=self.encode(piece),
+                    text=piece,
+                    finish=finish if is_last else None,
+                    stop=next((stop for stop in sampling["stop"] if is_last and text.endswith(stop)), None),
+                    cached_tokens=cached,
                 )
                 if is_last:
                     return
-            yield ToyChunk(token_ids=(), text="", finish="length", cached_tokens=cached)
+            yield ToyChunk(token_ids=(), text="", finish="length", stop=None, cached_tokens=cached)
         finally:
             del self.live[number]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -167,11 +167,11 @@ Event = ProgramStarted | BranchStarted | BranchDelta | BranchJoined | BranchEnde
 EVENTS: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ProgramFailed(Exception):
     """The root of a program failed; `program` holds what was said until then."""
 
-    program: Program = field()
+    program: Program
 
     def __str__(self) -> str:
         return self.program.failure or "the program failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
@@ -102,9 +103,8 @@ class _Compiler:
         if level > MAX_LEVELS:
             raise ConfigError(f"branches: forks and continuations nest more than {MAX_LEVELS} deep")
         branches = tuple(self._branches(request.branches, level))
-        labels = [branch.label for branch in branches]
-        for label in labels:
-            if labels.count(label) > 1:
+        for label, uses in Counter(branch.label for branch in branches).items():
+            if uses > 1:
                 raise ConfigError(f"branches: id {label!r} is given twice among siblings")
         join = request.join
         if join is None:

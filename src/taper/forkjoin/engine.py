@@ -13,6 +13,7 @@ class Chunk(Protocol):
 
     text ends with the stop string that ended the run if that one is kept; token_ids hold no end-of-sequence token.
     finish: "stop", "length" or another word of the engine's for a run that did not end well; None while it runs.
+    stop: the stop string that ended the run, if one did.
     cached_tokens: prompt tokens whose KV was there already; set on the first chunk at the latest.
     """
 
@@ -22,6 +23,8 @@ class Chunk(Protocol):
     def text(self) -> str: ...
     @property
     def finish(self) -> str | None: ...
+    @property
+    def stop(self) -> str | None: ...
     @property
     def cached_tokens(self) -> int: ...
 

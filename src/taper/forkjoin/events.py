@@ -38,14 +38,19 @@ class Usage:
     joins: list[Prefill] = field(default_factory=list)
 
     def add_prefill(self, kind: str, branch: str, prompt_tokens: int, cached_tokens: int) -> None:
-        """A run has begun; kind: "open" for the root's first, "fork" for a child's first, "join" after a join."""
+        """A run has begun.
+
+        kind: "open" for the root's first, "fork" for a child's first, "join" after a join, "onward" in the same leg.
+        """
         self.prefilled_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
+        prefill = Prefill(branch=branch, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
         if kind == "open":
             self.root_cached_tokens = cached_tokens
-            return
-        prefill = Prefill(branch=branch, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens)
-        (self.forks if kind == "fork" else self.joins).append(prefill)
+        elif kind == "fork":
+            self.forks.append(prefill)
+        elif kind == "join":
+            self.joins.append(prefill)
 
     def add_generated(self, tokens: int, *, is_root: bool) -> None:
         if is_root:

@@ -66,16 +66,22 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leg:
-    """One uninterrupted run of a branch on the engine.
+    """What a branch says between two forks: one run on the engine, or several where a fork did not come about.
 
     max_tokens: None leaves it to what is left of context and budget; 0 asks for nothing: the leg is over at once.
+    stop: strings that end it. forks_at: strings at which it may fork; where it does not, it goes on. Both are text.
     sampling: what this leg wants different from the program's own sampling parameters.
     """
 
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    forks_at: tuple[str, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)
     is_visible: bool = True  # does its text belong to the answer
+
+    @property
+    def kept_stops(self) -> tuple[str, ...]:
+        return (*self.forks_at, *self.stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,15 @@ class Program:
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     replica: int | None = None
 
+    def sampling_of(self, leg: Leg, *, is_opening: bool) -> dict[str, Any]:
+        """Of one run, without its `max_tokens`: the leg's own stops and the client's."""
+        merged = {**self.sampling, **(self.opening_sampling if is_opening else {}), **leg.sampling}
+        return {
+            **merged,
+            "stop": [*leg.kept_stops, *merged.get("stop", ())],
+            "skip_special_tokens": not self.front.keeps_special_tokens,
+        }
+
 
 @dataclass(slots=True, eq=False)
 class LiveBranch:
@@ -42,7 +51,8 @@ class LiveBranch:
     parser: Parser
     context: Context
     leg: Leg
-    kind: str  # of the current run: "open", "fork" or "join"
+    kind: str  # of the current run: see `Usage.add_prefill`
+    leg_tokens: int = 0  # generated in the current leg
     task: asyncio.Task[None] | None = None
     run: int = 0  # number of the current run; what an earlier one still sends is dropped
     has_begun: bool = False  # the current run has sent its first chunk
@@ -60,4 +70,5 @@ class Silence:
     token_ids: Sequence[int] = ()
     text = ""
     finish: str | None = "stop"
+    stop: str | None = None
     cached_tokens = 0

@@ -72,6 +72,7 @@ class Run:
             branch.has_begun = True
             self.usage.add_prefill(branch.kind, branch.name, len(branch.context.ids), chunk.cached_tokens)
         self.usage.add_generated(len(chunk.token_ids), is_root=branch.parent is None)
+        branch.leg_tokens += len(chunk.token_ids)
         branch.context.grow(chunk.token_ids, chunk.text)
         said, before = branch.text_end, branch.context.chars - len(chunk.text)
         branch.text_end = (said + chunk.text)[-TEXT_END_CHARS:]
@@ -94,16 +95,19 @@ class Run:
                 return
         if shown < len(chunk.text) or counted:
             yield self._text(branch, chunk.text[shown:], counted)
-        if chunk.finish is not None:
+        if chunk.stop in branch.leg.forks_at:  # no fork after all: it was text
+            self._halt(branch)
+            branch.kind = "onward"
+            self._launch(branch)
+        elif chunk.finish is not None:
             yield from self._finished(branch, chunk.finish)
 
     def _parse(self, branch: LiveBranch, chunk: Chunk) -> Iterator[Fork | End]:
         before = branch.parser.malformed
         found = branch.parser.feed(chunk.text)
-        if chunk.finish is not None:
+        is_over = chunk.finish is not None and chunk.stop not in branch.leg.forks_at
+        if is_over or any(isinstance(event, End) or not event.parent_continues for event in found):
             found = found + branch.parser.close()
-        elif any(isinstance(event, End) or not event.parent_continues for event in found):
-            branch.parser.close()
         self.usage.malformed_tags += branch.parser.malformed - before
         yield from found
 
@@ -225,7 +229,7 @@ class Run:
         if resume.text:
             parent.context.give(self._engine.encode(resume.text))
             yield Text(branch=parent.name, text=resume.text, is_given=True)
-        parent.leg, parent.kind = resume.leg, "join"
+        parent.leg, parent.leg_tokens, parent.kind = resume.leg, 0, "join"
         self._launch(parent)
 
     # --- runs on the engine -------------------------------------------------------------------------------
@@ -235,8 +239,9 @@ class Run:
         run = self._new_run(branch)
         room = self._engine.max_model_tokens - len(branch.context.ids)
         general = self._program.root_tokens if branch.parent is None else self._program.branch_tokens
-        wanted = next((most for most in (branch.leg.max_tokens, general) if most is not None), room)
-        if wanted == 0:
+        limit = general if branch.leg.max_tokens is None else branch.leg.max_tokens
+        wanted = room if limit is None else limit - branch.leg_tokens
+        if limit is not None and wanted == 0:
             self._inbox.put_nowait((branch.name, run, Silence()))
             branch.has_begun = True
             branch.task = asyncio.get_running_loop().create_task(_nothing())
@@ -251,17 +256,10 @@ class Run:
             full = f"a context of {len(ids)} tokens leaves no room; this model's is {engine.max_model_tokens}"
             self._inbox.put_nowait((branch.name, run, ContextFull(full)))
             return
-        opening = program.opening_sampling if branch.kind == "open" else {}
-        own_stops = tuple(branch.leg.sampling.get("stop", program.sampling.get("stop", ())))
-        sampling = {**program.sampling, **opening, **branch.leg.sampling, "max_tokens": max_tokens}
-        sampling |= {
-            "stop": [*branch.leg.stop, *own_stops],
-            "skip_special_tokens": not program.front.keeps_special_tokens,
-        }
         stream = engine.generate(
             tuple(ids),
-            sampling,
-            kept_stops=branch.leg.stop,
+            {**program.sampling_of(branch.leg, is_opening=branch.kind == "open"), "max_tokens": max_tokens},
+            kept_stops=branch.leg.kept_stops,
             request_id=program.id,
             extra_args=program.extra_args,
             replica=program.replica,
@@ -291,11 +289,12 @@ class Run:
 
     async def _stop(self) -> None:
         """No task and no request of the program is left when this returns."""
-        had_live = any(branch.task is not None for branch in self._branches.values())
         for branch in self._branches.values():
             self._halt(branch)
-        await asyncio.gather(*self._leftover, return_exceptions=True)
-        if had_live:
+        try:
+            await asyncio.gather(*self._leftover, return_exceptions=True)
+        finally:
+            # Always: a run that was cancelled while the engine took it in can have been left there.
             await self._engine.abort(self._program.id)
 
     # --- small things -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -62,6 +63,7 @@ class Service:
         self._clock = clock
         self._observe = observe
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns = itertools.count()
 
     @property
     def live(self) -> int:
@@ -85,7 +87,7 @@ class Service:
     def next_replica(self) -> int | None:
         """The engine replica of the next program: all branches of a program share one, for its prefix cache."""
         replicas = self.engine.replicas
-        return self.started % replicas if replicas > 1 else None
+        return next(self._turns) % replicas if replicas > 1 else None
 
     async def _drive(self, program: Program, inbox: asyncio.Queue[ProgramEvent | Exception | None]) -> None:
         run = Run(program, self.engine, self._clock)

@@ -22,6 +22,7 @@ class TokenChunk:
     token_ids: Sequence[int]
     text: str
     finish: str | None
+    stop: str | None
     cached_tokens: int
 
 
@@ -157,13 +158,13 @@ def _is_ours(body: bytes) -> bool:
 
 def _chunk(output: Any, cached_tokens: int, kept_stops: Sequence[str]) -> TokenChunk:
     """The text ends with its stop string where that is kept. End-of-sequence and stop tokens are in no context."""
-    ids, text, stop = list(output.token_ids), output.text, output.stop_reason
-    if output.finish_reason == "stop":
-        if isinstance(stop, str):
-            text += stop if stop in kept_stops else ""
-        else:
-            ids = ids[:-1]
-    return TokenChunk(token_ids=ids, text=text, finish=output.finish_reason, cached_tokens=cached_tokens)
+    ids, text, finish = list(output.token_ids), output.text, output.finish_reason
+    stop = output.stop_reason if isinstance(output.stop_reason, str) else None
+    if stop in kept_stops:
+        text += stop
+    elif finish == "stop" and stop is None:
+        ids = ids[:-1]
+    return TokenChunk(token_ids=ids, text=text, finish=finish, stop=stop, cached_tokens=cached_tokens)
 
 
 def _template(given: str | None) -> str | None:

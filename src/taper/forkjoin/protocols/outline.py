@@ -39,20 +39,18 @@ class Outline:
         return f"</{self.branch_tag}>"
 
     def opening(self, messages: Sequence[Message]) -> BranchSpec:
-        return BranchSpec(label="", messages=tuple(messages), leg=Leg(stop=(self._fork_stop,)))
+        return BranchSpec(label="", messages=tuple(messages), leg=Leg(forks_at=(self._fork_stop,)))
 
     def parser(self, spec: BranchSpec, *, is_root: bool) -> OutlineParser:
         return OutlineParser(self, is_root=is_root)
 
     def fork(self, at: int, items: Items, *, is_root: bool) -> Fork:
-        stop = (self._fork_stop, self.branch_end)
+        of_branch = Leg(forks_at=(self._fork_stop,), stop=(self.branch_end,))
         branches = tuple(
-            BranchSpec(
-                label=label, header=f"\n<{self.branch_tag}>\n{label}:", leg=Leg(stop=stop), closing=self.branch_end
-            )
+            BranchSpec(label=label, header=f"\n<{self.branch_tag}>\n{label}:", leg=of_branch, closing=self.branch_end)
             for label, _ in items
         )
-        onwards = Leg(stop=(self._fork_stop,) if is_root else stop)
+        onwards = Leg(forks_at=(self._fork_stop,)) if is_root else of_branch
         return Fork(at=at, branches=branches, resume=Resume(text=self.join_text, leg=onwards))
 
 

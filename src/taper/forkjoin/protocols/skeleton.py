@@ -15,7 +15,7 @@ from taper.core.types import ConfigError, check_range
 from taper.forkjoin.plan import BranchSpec, Event, Fork, Leg, Message
 from taper.forkjoin.protocol import Options
 
-_POINT = re.compile(r"^[ \t]*(?:\*\*)?(\d{1,2})[.)](?:\*\*)?[ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+_POINT = re.compile(r"^[ \t]*(?:\*\*)?(\d{1,2})[.)](?:\*\*)?[ \t]+(\S.*)$", re.MULTILINE)
 _LEAST = 2
 
 _OUTLINE = (
@@ -101,7 +101,7 @@ class SkeletonParser:
             return []
         messages, self._messages = self._messages, None
         text = "".join(self._text)
-        points = [match[2] for match in _POINT.finditer(text)]
+        points = [match[2].rstrip() for match in _POINT.finditer(text)]
         if len(points) < _LEAST:
             self.malformed += 1
             whole = BranchSpec(label="1", messages=messages)

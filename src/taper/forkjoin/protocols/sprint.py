@@ -59,7 +59,7 @@ class Sprint:
         )
 
     def _planner(self) -> Leg:
-        return Leg(stop=tuple(f"</Plan_{stage}>" for stage in range(1, self._MAX_STAGES + 1)))
+        return Leg(forks_at=tuple(f"</Plan_{stage}>" for stage in range(1, self._MAX_STAGES + 1)))
 
 
 class SprintParser(TaggedParser):
