@@ -2,9 +2,9 @@
 
     python benchmarks/suite_table.py FILE... [--by scenario|load|replicas] [--fluid]
 
-Cells are goodput in tok/s and attainment, medians over the seeds. `of best` is taper's goodput over that of the best other
-policy among those that attain 95 % or, where none does, of all; `*` marks what falls short of P4 (95 % attainment where
-another policy attains it, and 0.97 of its goodput; 0.95 elsewhere). `--fluid` adds the fraction of
+Cells are goodput in tok/s and attainment, medians over the seeds. `of best` is taper's goodput over that of the best
+other policy among those that attain 95 % or, where none does, of all; `*` marks what falls short of P4 (95 % attainment
+where another policy attains it, and 0.97 of its goodput; 0.95 elsewhere). `--fluid` adds the fraction of
 `taper.sim.fluid.fluid_estimate` that taper reaches, and the largest of any run of any policy.
 """
 
@@ -67,8 +67,8 @@ def main() -> None:
     heading = [
         options.by,
         *policies,
-        *(["regret"] if "taper" in policies else []),
-        *(["fluid", "most"] * options.fluid),
+        *(["of best"] if "taper" in policies else []),
+        *(["of fluid", "most"] * options.fluid),
     ]
     print("| " + " | ".join(heading) + " |\n|" + " --- |" * len(heading))
     for key in dict.fromkeys(getattr(run.conditions, options.by) for run in runs):
