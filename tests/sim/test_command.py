@@ -7,7 +7,7 @@ from click.testing import CliRunner, Result
 from taper.cli import cli
 from taper.core.types import ConfigError
 from taper.results import read_runs
-from taper.sim.command import Options, cases_of, fleets_of
+from taper.sim.command import COLUMNS, Options, cases_of, fleets_of, table_of
 from taper.sim.hardware import HARDWARE
 from taper.sim.scenario import settle
 from taper.workload import contended
@@ -16,7 +16,7 @@ SMALL = ["--steps", "120", "--policies", "off,taper", "--workers", "1"]
 
 
 def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli, ["simulate", *args], env={"COLUMNS": "200"}, standalone_mode=False)
+    return CliRunner().invoke(cli, ["simulate", *args], standalone_mode=False)
 
 
 def test_the_same_seeds_give_the_same_bytes_and_the_bench_can_read_them(tmp_path: Path) -> None:
@@ -100,3 +100,16 @@ def test_a_fleet_prints_its_table() -> None:
     done = invoke("--seeds", "1", *SMALL, "--replicas", "2", "--router", "slack-aware")
     assert done.exception is None
     assert "2 replicas, slack-aware" in done.output
+    assert "…" not in done.output
+    assert "tpot p95 ms" in done.output
+
+
+def test_a_narrow_table_has_fewer_columns_and_cuts_none(tmp_path: Path) -> None:
+    path = tmp_path / "runs.json"
+    invoke("--seeds", "1", *SMALL, "--json", str(path))
+    runs = read_runs(path)
+    assert len(table_of(runs, width=200).columns) == 1 + len(COLUMNS)
+    for width, headings in ((10, ["policy", "goodput"]), (48, ["policy", "goodput", "att %", "serial %", "branch %"])):
+        table = table_of(runs, width=width)
+        assert [column.header for column in table.columns] == headings
+        assert all(column.no_wrap for column in table.columns)

@@ -55,6 +55,14 @@ def test_slo_classes_cover_their_shares() -> None:
     assert [np.mean(factors == wanted) for wanted in (0.5, 2.0, 1.0)] == pytest.approx([0.25, 0.25, 0.5], abs=0.03)
 
 
+def test_requests_that_branch_may_have_classes_of_their_own() -> None:
+    mix = Mix(branching_share=0.5, slo_classes=((0.5, 0.8),), branching_slo=((0.25, 0.65), (0.25, 0.4)))
+    drawn = [mix.request(seed=0, index=index) for index in range(4000)]
+    for branching, shares in ((True, {0.65: 0.25, 0.4: 0.25, 1.0: 0.5}), (False, {0.8: 0.5, 1.0: 0.5})):
+        factors = np.array([one.slo_factor for one in drawn if one.branching is branching])
+        assert {factor: np.mean(factors == factor) for factor in shares} == pytest.approx(shares, abs=0.03)
+
+
 def test_scaling_keeps_fan_out_and_share() -> None:
     half = Mix(branching=FORKING).scaled(0.5, prompt=0.1)
     assert half.serial == Lengths(low=50, high=75)
@@ -119,6 +127,8 @@ def test_a_mix_from_a_table() -> None:
         ({"closing": 1}, "closing must be true or false"),
         ({"branching_share": 1.5}, "branching_share"),
         ({"slo_classes": [[0.5, 0.0]]}, "slo_classes"),
+        ({"branching_slo": [[1.5, 0.5]]}, "branching_slo"),
+        ({"branching_slo": 0.65}, "mix: branching_slo must be pairs of a share and a factor, not 0.65"),
     ],
 )
 def test_impossible_mixes_are_refused(table: dict[str, object], message: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,17 +29,19 @@ CONTENDED = "contended"  # no file: it follows from the hardware's law
 MAX_LOAD = 1000
 MAX_REPLICAS = 10_000
 NEEDS_A_FILE = ("trace",)
-COLUMNS: Mapping[str, tuple[str, float, str]] = {  # heading: field of a run, factor, format
+PIPE_COLUMNS = 130  # a pipe or a log has no width of its own
+BETWEEN = 3  # characters between two columns of a table
+COLUMNS: Mapping[str, tuple[str, float, str]] = {  # heading: field of a run, factor, format; by worth
     "goodput": ("goodput_tok_s", 1, ".0f"),
     "att %": ("attainment", 100, ".1f"),
     "serial %": ("attainment_serial", 100, ".1f"),
     "branch %": ("attainment_branching", 100, ".1f"),
     "raw tok/s": ("raw_tok_s", 1, ".0f"),
+    "step ms": ("step_mean_s", 1e3, ".1f"),
     "ttft p95 s": ("ttft_p95_s", 1, ".2f"),
     "tpot p95 ms": ("tpot_p95_s", 1e3, ".1f"),
-    "itl p99 ms": ("itl_p99_s", 1e3, ".0f"),
-    "step ms": ("step_mean_s", 1e3, ".1f"),
     "rows": ("rows_mean", 1, ".1f"),
+    "itl p99 ms": ("itl_p99_s", 1e3, ".0f"),
     "reqs": ("requests_mean", 1, ".1f"),
     "mape %": ("predictor_mape", 100, ".1f"),
 }
@@ -105,6 +108,8 @@ def simulate(options: Options, console: Console, *, json_path: Path | None = Non
     """Run everything, print a table per scenario, load and fleet, and keep the figures."""
     tables = cases_of(options)
     _check_writable(json_path)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=PIPE_COLUMNS)
     done: list[Run] = []
     with Progress(
         TextColumn("{task.description}"),
@@ -120,31 +125,44 @@ def simulate(options: Options, console: Console, *, json_path: Path | None = Non
         runs = run_all((case for table in tables for case in table), workers=options.workers)
         for table in tables:
             rows = list(_counted(runs, len(table), progress, task))
-            console.print(table_of(table[0], rows))
+            console.print(title_of(table[0]), highlight=False, soft_wrap=True)
+            console.print(table_of(rows, width=console.width))
             done += rows
     if json_path:
-        json_path.write_text(json.dumps(document(done), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(document(done), allow_nan=False) + "\n", encoding="utf-8")
     return done
 
 
-def table_of(case: Case, runs: Sequence[Run]) -> Table:
-    """Medians over the seeds."""
+def title_of(case: Case) -> str:
+    """Two lines: what was run, and where that lies on the machine."""
     setting = scenarios.settle(case.scenario, case.machine)
     fleet = f", {case.fleet.replicas} replicas, {case.fleet.router}" if case.fleet.replicas > 1 else ""
     branching = case.scenario.branching_share
     share = "" if branching is None else f", {branching:.0%} branching"
-    table = Table(
-        title=f"{case.scenario.name} on {case.machine.name}{fleet}: load {case.scenario.load:g}{share}, "
-        f"{setting.rate_per_s:.2f} req/s per replica for {setting.duration_s:.0f} s, "
-        f"TPOT SLO {setting.slo.tpot_s * 1e3:.1f} ms "
-        f"(off {setting.off.step_s * 1e3:.1f} ms / {setting.off.rate_per_s:.2f} req/s, "
-        f"eager {setting.eager.step_s * 1e3:.1f} ms / {setting.eager.rate_per_s:.2f} req/s)"
+    return (
+        f"{case.scenario.name} on {case.machine.name}{fleet}: load {case.scenario.load:g}{share}, "
+        f"{setting.rate_per_s:.2f} req/s per replica for {setting.duration_s:.0f} s\n"
+        f"TPOT SLO {setting.slo.tpot_s * 1e3:.1f} ms; "
+        f"off {setting.off.step_s * 1e3:.1f} ms at {setting.off.rate_per_s:.2f} req/s, "
+        f"eager {setting.eager.step_s * 1e3:.1f} ms at {setting.eager.rate_per_s:.2f} req/s"
     )
-    for heading in ("policy", *COLUMNS):
-        table.add_column(heading, justify="left" if heading == "policy" else "right")
-    for policy in dict.fromkeys(run.policy for run in runs):
-        rows = [run.to_json() for run in runs if run.policy == policy]
-        cells = [_cell([row[key] for row in rows], factor, spec) for key, factor, spec in COLUMNS.values()]
+
+
+def table_of(runs: Sequence[Run], *, width: int) -> Table:
+    """Medians over the seeds; as many columns as `width` characters hold, but never less than goodput."""
+    policies = list(dict.fromkeys(run.policy for run in runs))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    taken = max(map(len, ("policy", *policies))) + 2
+    columns: list[list[str]] = []
+    for heading, (key, factor, spec) in COLUMNS.items():
+        column = [_cell([run.to_json()[key] for run in runs if run.policy == one], factor, spec) for one in policies]
+        taken += max(map(len, (heading, *column))) + BETWEEN
+        if columns and taken > width:
+            break
+        table.add_column(heading, justify="right", no_wrap=True)
+        columns.append(column)
+    for policy, *cells in zip(policies, *columns, strict=True):
         table.add_row(policy, *cells)
     return table
 

@@ -32,15 +32,14 @@ class Mix:
     branching: Branching = field(default_factory=n_siblings)
     # (share of requests, factor on the TPOT SLO); what is left over has factor 1.
     slo_classes: tuple[tuple[float, float], ...] = ()
-    branching_slo: float = 1.0  # a further factor for requests that branch
+    branching_slo: tuple[tuple[float, float], ...] = ()  # the same of the requests that branch, where it differs
 
     def __post_init__(self) -> None:
         check_share(self.branching_share)
-        if not 0 < self.branching_slo < 1e3:
-            raise ConfigError(f"branching_slo must be above 0 and below 1000, not {self.branching_slo!r}")
-        for share, factor in self.slo_classes:
-            if not (0 <= share <= 1 and 0 < factor < 1e3):
-                raise ConfigError(f"slo_classes must be pairs of a share and a factor, not {share!r}, {factor!r}")
+        for name in ("slo_classes", "branching_slo"):
+            for share, factor in getattr(self, name):
+                if not (0 <= share <= 1 and 0 < factor < 1e3):
+                    raise ConfigError(f"{name} must be pairs of a share and a factor, not {share!r}, {factor!r}")
 
     def scaled(self, factor: float, *, prompt: float = 1.0) -> Mix:
         """The same shape with outputs `factor` and prompts `prompt` times as long; fan-outs and shares stay."""
@@ -55,7 +54,8 @@ class Mix:
         """Request number `index` of a run. A larger branching share only turns further requests into branching ones."""
         rng = np.random.default_rng((seed, index, _STREAM))
         branches = rng.random() < self.branching_share
-        factor = self._slo_factor(rng)
+        classes = self.branching_slo if branches and self.branching_slo else self.slo_classes
+        slo_factor = _drawn(classes, rng.random())
         prompt_tokens, own_tokens = self.prompt.draw(rng), self.serial.draw(rng)
         stages: tuple[Stage, ...] = self.branching.stages(rng, own_tokens) if branches else ((own_tokens,),)
         return Request(
@@ -64,16 +64,17 @@ class Mix:
             arrival_s=arrival_s,
             prompt_tokens=prompt_tokens,
             stages=stages,
-            slo_factor=factor * (self.branching_slo if branches else 1.0),
+            slo_factor=slo_factor,
         )
 
-    def _slo_factor(self, rng: np.random.Generator) -> float:
-        at = rng.random()
-        for share, factor in self.slo_classes:
-            if at < share:
-                return factor
-            at -= share
-        return 1.0
+
+def _drawn(classes: tuple[tuple[float, float], ...], at: float) -> float:
+    """The factor of the class in which `at`, from 0 to 1, falls."""
+    for share, factor in classes:
+        if at < share:
+            return factor
+        at -= share
+    return 1.0
 
 
 def check_share(value: float) -> None:
@@ -82,12 +83,13 @@ def check_share(value: float) -> None:
 
 
 def parse_mix(table: Mapping[str, Any], where: str) -> Mix:
-    """A mix from a flat table: `branching_share`, `branching_slo`, `prompt`, `serial`, `slo_classes`, and either
+    """A mix from a flat table: `branching_share`, `prompt`, `serial`, `slo_classes`, `branching_slo`, and either
     `profile` (a name) or the fields of `Branching`. Raises ConfigError naming `where`."""
-    values: dict[str, Any] = {key: table[key] for key in ("branching_share", "branching_slo") if key in table}
+    values: dict[str, Any] = {key: table[key] for key in ("branching_share",) if key in table}
     values |= {key: parse_draw(table[key], f"{where}: {key}") for key in ("prompt", "serial") if key in table}
-    if "slo_classes" in table:
-        values["slo_classes"] = tuple((float(share), float(factor)) for share, factor in table["slo_classes"])
+    for key in ("slo_classes", "branching_slo"):
+        if key in table:
+            values[key] = _classes(table[key], f"{where}: {key}")
     shape = {key: value for key, value in table.items() if key not in _SHARE}
     if "profile" in table:
         if shape:
@@ -100,3 +102,10 @@ def parse_mix(table: Mapping[str, Any], where: str) -> Mix:
     elif shape:
         values["branching"] = parse_branching(shape, where)
     return Mix(**values)
+
+
+def _classes(value: object, where: str) -> tuple[tuple[float, float], ...]:
+    try:
+        return tuple((float(share), float(factor)) for share, factor in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} must be pairs of a share and a factor, not {value!r}") from error
