@@ -79,7 +79,7 @@ def test_a_run_is_asked_for_with_token_ids_under_the_programs_id():
     assert (prompt["prompt_token_ids"], request_id, rank) == ([5, 6], "p", 3)
     assert (params.max_tokens, params.stop, params.temperature, params.top_p) == (4, ["x"], 0.2, 0.9)
     assert (params.extra_args, params.skip_special_tokens) == ({"taper_group": "p"}, False)
-    assert chunk == TokenChunk(token_ids=[7], text="a", finish="length", cached_tokens=32)
+    assert chunk == TokenChunk(token_ids=[7], text="a", finish="length", stop=None, cached_tokens=32)
 
 
 def test_a_regex_becomes_a_structured_output():
