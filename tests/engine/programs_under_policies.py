@@ -20,6 +20,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from taper.client import Branch, Continuation, Join, Lead, by_protocol
@@ -75,7 +76,7 @@ class TapedClient:
 
 def requests(engine: VllmEngine) -> list[Any]:
     """An explicit program and one whose forks are in the model's output."""
-    branches = [Branch(suffix=f"\n{topic}:", max_tokens=32, ignore_eos=True) for topic in TOPICS]
+    branches = [Branch(suffix=f"\n{topic}:", max_tokens=24, ignore_eos=True) for topic in TOPICS]
     explicit = {
         "prompt": "A short list of things and what they are good for.",
         "lead": Lead(max_tokens=24, ignore_eos=True),
@@ -86,8 +87,8 @@ def requests(engine: VllmEngine) -> list[Any]:
     chat = {
         "messages": [{"role": "user", "content": "Compare cats and dogs as pets."}],
         "temperature": 0.0,
-        "max_tokens": 80,
-        **by_protocol("multiverse", opening_regex=OPENING, branch_max_tokens=32),
+        "max_tokens": 90,
+        **by_protocol("multiverse", opening_regex=OPENING, branch_max_tokens=24),
     }
     config = ServerConfig()
     return [
@@ -97,7 +98,8 @@ def requests(engine: VllmEngine) -> list[Any]:
 
 
 async def serial(client: TapedClient, has_begun: asyncio.Event) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True, logprobs=2)
+    delta = RequestOutputKind.DELTA
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True, logprobs=2, output_kind=delta)
     outputs = client.generate(compat.token_prompt([504, 253, 29]), params, request_id="serial")
     async for _ in outputs:
         has_begun.set()

@@ -76,4 +76,4 @@ def test_programs_under_eager_defer_nothing_and_fork_and_join(programs):
     eager = programs["eager"]
     assert eager["deferred_row_steps"] == 0
     assert [[said[0], len(said) - 1] for said in eager["said"]] == [["complete", 5], ["complete", 3]]
-    assert eager["lengths"][:7] == [300, 24, 32, 32, 32, 32, 24]  # serial, lead, branches, continuation
+    assert eager["lengths"][:7] == [200, 24, 24, 24, 24, 24, 24]  # serial, lead, branches, continuation

@@ -64,6 +64,16 @@ def test_multiverse_follows_the_tags_of_an_opening_it_was_made_to_write(client, 
     assert len(answer.usage.taper["joins"]) == 1
 
 
+def test_a_plan_without_prompts_is_text_and_the_planner_goes_on(client, model):
+    extra = by_protocol("sprint", opening_regex=r"<Plan_1>I think [a-z ]{4,20}</Plan_1>")
+    answer = client.chat.completions.create(
+        model=model, messages=QUESTION, temperature=0.0, max_tokens=60, extra_body=extra
+    )
+    assert answer.choices[0].message.content.startswith("<Plan_1>I think ")
+    assert answer.usage.taper["prefilled_tokens"] > 2 * answer.usage.prompt_tokens  # two runs, one behind the other
+    assert answer.usage.completion_tokens <= 60
+
+
 def test_a_fork_and_a_join_recompute_no_more_than_a_block_and_what_is_new(client):
     """The table of docs/programs.md: 4 children after 301 prompt tokens and 200 generated, joined longest first."""
     lengths = (20, 30, 40, 50)
