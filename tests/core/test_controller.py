@@ -136,13 +136,13 @@ def test_replace_swaps_the_policy_and_keeps_what_was_learned():
 def test_full_width_returns_after_one_stall(stall_s):
     """P3: 4 requests x 20 branches beside 30 serial ones; one stall of any length, and full width comes back.
 
-    Bound: R * ln(1 + 1 / margin) steps, R = max(H, the remaining length assumed). Unless it is hopeless and leaves
-    the minimum, a debt D is at most R * (SLO - T0); a step repays D / R + margin * SLO of it.
+    Bound: P * ln(1 + R / (P * margin)) steps, P = max(H, mean path), R the remaining length assumed. Unless it is
+    hopeless and leaves the minimum, a debt D is at most R * (SLO - T0); a step repays D / P + margin * SLO of it.
     """
     c = controller("taper", margin_gain=0.0, throughput_floor=0)
     now_s, tokens = 0.0, np.array([20] * 4 + [1] * 30)
     extras = []
-    stall_at, bound = 50, math.ceil(64 * math.log(1 + 1 / c.knobs.margin))
+    stall_at, bound = 50, math.ceil(16 * math.log(1 + 64 / (16 * c.knobs.margin)))
     for step in range(stall_at + bound + 1):
         requests = [branching(20, tokens=int(t)) for t in tokens[:4]] + [serial(tokens=int(t)) for t in tokens[4:]]
         view = make_view(*requests, now_s=now_s)

@@ -11,7 +11,7 @@ from tests.core.views import Req, branching, make_view, serial
 # 10 ms + 1 ms per row: every predicted time below can be checked in the head.
 LAW = LinearLatency(base_s=0.010, row_s=0.001, context_s=0.0, prefill_s=0.0005)
 NEUTRAL = Knobs(margin=0.0, prefill_floor_tokens=8, throughput_floor=0)
-LEARNED = Guidance(margin=0.0, mean_output_tokens=100.0)
+LEARNED = Guidance(margin=0.0, mean_output_tokens=100.0, mean_path_tokens=190.0)
 
 
 def plan_of(policy, view, knobs=NEUTRAL, guidance=LEARNED):

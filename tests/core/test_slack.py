@@ -8,9 +8,10 @@ from tests.core.views import branching, make_view, serial
 KNOBS = Knobs(bank_slos=64, horizon_steps=16, margin=0.0, lookahead_tokens=32)
 
 
-def allowed(view, live, *, margin=0.0, remaining=100.0):
-    credit, live = slack.credit_s(view), np.array(live)
-    return slack.allowed_s(view, credit, live, np.full(len(live), remaining), knobs=KNOBS, margin=margin)
+def allowed(view, live, *, margin=0.0, path=100.0):
+    return slack.allowed_s(
+        view, slack.credit_s(view), np.array(live), knobs=KNOBS, margin=margin, mean_path_tokens=path
+    )
 
 
 def test_credit_is_slo_per_token_minus_wall_time():
@@ -38,10 +39,10 @@ def test_credit_is_spent_over_the_horizon():
     assert allowed(view, [1]) == pytest.approx([0.05 + 0.14 / 16])
 
 
-def test_debt_is_repaid_over_the_steps_a_request_has_left_but_not_within_the_horizon():
+def test_debt_is_repaid_over_the_steps_a_request_usually_lives_but_not_within_the_horizon():
     view = make_view(*[branching(4, tokens=1, first_token_s=-1.0)] * 3)
-    assert allowed(view, [4, 4, 4], remaining=200.0) == pytest.approx([4 * 0.05 - 1.0 / 50] * 3)
-    assert allowed(view, [4, 4, 4], remaining=8.0) == pytest.approx([4 * 0.05 - 1.0 / 16] * 3)
+    assert allowed(view, [4, 4, 4], path=50.0) == pytest.approx([4 * 0.05 - 1.0 / 50] * 3)
+    assert allowed(view, [4, 4, 4], path=8.0) == pytest.approx([4 * 0.05 - 1.0 / 16] * 3)
 
 
 def test_remaining_is_up_to_twice_the_usual_length_but_never_less_than_the_lookahead():

@@ -153,7 +153,7 @@ def test_version_and_help() -> None:
         result = CliRunner().invoke(cli, args)
         assert result.exit_code == 0
         assert "Usage: " in result.stdout
-    assert "margin=0.01  0 to 0.5 of the SLO" in CliRunner().invoke(cli, ["serve", "--help"]).stdout
+    assert "margin=0.02  0 to 0.5 of the SLO" in CliRunner().invoke(cli, ["serve", "--help"]).stdout
 
 
 def test_help_imports_no_engine() -> None:

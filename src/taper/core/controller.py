@@ -42,6 +42,7 @@ class Controller:
         self._floor_s = 0.0
         self._occupancy = Occupancy(requests=0.0, context_tokens_per_row=0.0, prefill_tokens=0.0)
         self._mean_output_tokens = 0.0
+        self._mean_path_tokens = 0.0
 
     @property
     def learning(self) -> bool:
@@ -59,6 +60,7 @@ class Controller:
         return Guidance(
             margin=min(self.knobs.margin + self._margin_offset, MARGIN_MAX),
             mean_output_tokens=self._mean_output_tokens,
+            mean_path_tokens=self._mean_path_tokens,
             floor_s=self._floor_s if self.knobs.throughput_floor else 0.0,
         )
 
@@ -118,6 +120,7 @@ class Controller:
             return
         self._finished.append(request)
         self._mean_output_tokens += (request.tokens - self._mean_output_tokens) / len(self._finished)
+        self._mean_path_tokens += (request.critical_path_tokens - self._mean_path_tokens) / len(self._finished)
         # Integral action, at rest when `miss_target` of the requests miss and would not have without extras. The
         # knob is its least: a calm spell must not spend what the next prediction errors need.
         without_extras = replace(request, residence_s=request.residence_s - request.externality_s)

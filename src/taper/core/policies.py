@@ -25,6 +25,7 @@ class Guidance:
 
     margin: float  # share of the SLO kept back, knob plus integral action
     mean_output_tokens: float  # of recent requests
+    mean_path_tokens: float = 0.0  # of their critical paths: the steps they take at full width
     floor_s: float = 0.0  # step time below which throttling only loses (outer loop); inf: it never helps
 
 
@@ -111,7 +112,10 @@ class Taper:
         remaining = slack.remaining_tokens(view, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens)
         lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
         binding = ~lost & decoding(view)
-        allowed_s = slack.allowed_s(view, credit, budget.live, remaining, knobs=knobs, margin=guidance.margin)
+        path = guidance.mean_path_tokens
+        allowed_s = slack.allowed_s(
+            view, credit, budget.live, knobs=knobs, margin=guidance.margin, mean_path_tokens=path
+        )
         slack_min_s = float(allowed_s[binding].min(initial=np.inf))
         limit_s = max(slack_min_s, guidance.floor_s)
         budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, decode_s=decode_s, limit_s=limit_s)

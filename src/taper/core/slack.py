@@ -40,19 +40,21 @@ def remaining_tokens(view: StepView, *, knobs: Knobs, mean_output_tokens: float)
     return remaining
 
 
-def allowed_s(view: StepView, credit: Floats, live: Ints, remaining: Floats, *, knobs: Knobs, margin: float) -> Floats:
+def allowed_s(
+    view: StepView, credit: Floats, live: Ints, *, knobs: Knobs, margin: float, mean_path_tokens: float
+) -> Floats:
     """Longest step each request can take with all its `live` branches running.
 
         SLO * (1 - margin) * tokens it gets + paced
         paced = min(credit, bank * SLO) / H               credit is spent over H steps
-        paced = credit / max(H, remaining / live)         debt is repaid over the steps the request has left
+        paced = credit / max(H, mean path)                debt is repaid over the steps a request usually lives
 
     Pacing credit leaves something for the next spike; the bank keeps a request that ran fast for long from being
     stalled for long. Debt repaid any faster would throttle the very rows that repay it.
     """
     slo, horizon = view.tpot_slo_s, knobs.horizon_steps
     spent = np.minimum(np.maximum(credit, 0.0), knobs.bank_slos * slo) / horizon
-    repaid = np.minimum(credit, 0.0) / np.maximum(horizon, remaining / live)
+    repaid = np.minimum(credit, 0.0) / max(horizon, mean_path_tokens)
     allowed: Floats = slo * ((1.0 - margin) * view.tokens_per_row) * live + (spent + repaid)
     return allowed
 

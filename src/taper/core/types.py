@@ -53,7 +53,7 @@ class Slo:
 class Knobs:
     """Everything an operator can turn on the controller. Docs and command line are generated from here."""
 
-    margin: float = knob(0.01, low=0.0, high=0.5, unit="of the SLO", doc="SLO share kept back for what T misses")
+    margin: float = knob(0.02, low=0.0, high=0.5, unit="of the SLO", doc="SLO share kept back for what T misses")
     horizon_steps: float = knob(
         16, low=1, high=1024, unit="steps", doc="steps over which a credit is spent, and the fewest for repaying a debt"
     )

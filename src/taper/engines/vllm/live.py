@@ -101,9 +101,9 @@ def slack_quantiles_s(taper: Regulator) -> list[float] | None:
     view = taper.onlooker.last_decision.frame.view
     live_branches = np.bincount(view.request, minlength=len(view.tokens))
     knobs, guidance = taper.controller.knobs, taper.controller.guidance
-    remaining = slack.remaining_tokens(view, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens)
+    path, margin = guidance.mean_path_tokens, guidance.margin
     credit = slack.credit_s(view)
-    allowed = slack.allowed_s(view, credit, live_branches, remaining, knobs=knobs, margin=guidance.margin)
+    allowed = slack.allowed_s(view, credit, live_branches, knobs=knobs, margin=margin, mean_path_tokens=path)
     allowed = allowed[decoding(view)]
     return [float(allowed.min()), float(np.median(allowed))] if len(allowed) else None
 
