@@ -29,7 +29,7 @@ def test_the_same_seeds_give_the_same_bytes_and_the_bench_can_read_them(tmp_path
     runs = read_runs(files[0])
     assert [(run.policy, run.conditions.seed) for run in runs] == [("off", 0), ("off", 1), ("taper", 0), ("taper", 1)]
     first = json.loads(files[0].read_text("utf-8"))["runs"][0]
-    share = scenarios.load("headline").mix.branching_share
+    share = scenarios.load("headline").branching_share
     found = tuple(first[name] for name in ("scenario", "hardware", "load", "share"))
     assert found == ("headline", "a100x8-qwen3-32b", 2.0, share)
     assert first["planner_p99_s"] is None  # the simulator's own time is nobody's figure
