@@ -39,7 +39,7 @@ pytestmark = pytest.mark.engine
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "monitoring"
 PROMPTS = ("Write a story about a lighthouse.", "Plan a trip to the sea.", "Explain rain to a child.")
-SLO_BETWEEN = 0.6  # of the way from a step with one branch per request to one with all of them
+SLO_BETWEEN = 0.5  # of the way from a step with one branch per request to one with all of them
 TAKES_PICTURES = bool(os.environ.get("TAPER_SCREENSHOTS"))
 
 
