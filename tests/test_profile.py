@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def test_every_truncation_is_refused_with_one_line(tmp_path: Path) -> None:
         load_profile(cut)
 
 
+def test_a_law_with_a_knee_comes_back_as_it_was(tmp_path: Path) -> None:
+    knee = {**PROFILE.coefficients, "knee_rows": 128.0, "steep_s": 7e-5}
+    path = save_profile(replace(PROFILE, coefficients=knee), tmp_path / "knee.json")
+    assert load_profile(path).latency() == replace(PROFILE.latency(), knee_rows=128.0, steep_s=7e-5)
+
+
 def test_a_foreign_profile_names_both_keys(tmp_path: Path) -> None:
     path = save_profile(PROFILE, tmp_path / "p.json")
     here = ProfileKey(model="m", dtype="float32", device="H200", parallel="tp8-pp1-dp1", vllm="0.30.0")
@@ -113,6 +120,7 @@ def test_a_foreign_profile_names_both_keys(tmp_path: Path) -> None:
         (altered(key={"model": "m"}), "key: unknown or missing device, dtype, parallel, vllm"),
         (altered(key={**PROFILE.to_json()["key"], "model": 3}), "model must be a non-empty string, not 3"),
         (altered(coefficients={"base_s": 1.0}), "coefficients: unknown or missing"),
+        (altered(coefficients={**PROFILE.coefficients, "knee_rows": 8}), "coefficients: unknown or missing knee_rows"),
         (altered(coefficients={**PROFILE.coefficients, "row_s": "x"}), "row_s must be a number, not 'x'"),
         (altered(coefficients={**PROFILE.coefficients, "row_s": True}), "row_s must be a number, not True"),
         (altered(coefficients={**PROFILE.coefficients, "row_s": -1.0}), "row_s must be finite and >= 0"),

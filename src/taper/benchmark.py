@@ -46,6 +46,7 @@ _LONGEST_S = 8.0  # of a mean request at width 1, so that a window holds many
 _MOST_TRACE_ROWS = 1_000_000
 _SAMPLED_PROMPTS = 2000
 _PIPE_COLUMNS = 150
+SECRET_OPTIONS = ("--token", "--api-key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,18 @@ class Resolved:
     context_tokens: int | None
 
 
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """The command line as it may be kept: what follows --token or --api-key is left out."""
+    kept: list[str] = []
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if kept and kept[-1] in SECRET_OPTIONS:
+            kept.append("...")
+        else:
+            kept.append(f"{option}=..." if value and option in SECRET_OPTIONS else argument)
+    return kept
+
+
 def run_bench(options: BenchOptions, console: Console) -> list[Run]:
     """Run or continue the sweep; returns all its runs.
 
@@ -124,7 +137,7 @@ def run_bench(options: BenchOptions, console: Console) -> list[Run]:
     source = _source(options)
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["taper", *sys.argv[1:]]),
+        "command": " ".join(["taper", *without_secrets(sys.argv[1:])]),
         "commit": machine.commit(),
         "machine": asdict(machine.describe()),
     }

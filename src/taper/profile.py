@@ -22,6 +22,7 @@ from taper.core.types import ConfigError
 SCHEMA = "taper.profile/1"
 CACHE_VAR = "TAPER_CACHE_DIR"
 COEFFICIENTS = ("base_s", "row_s", "context_s", "prefill_s")
+KNEE = ("knee_rows", "steep_s")  # of a law that has one
 MAX_FILE_BYTES = 1 << 20
 
 
@@ -176,7 +177,8 @@ def _parse(raw: object) -> Profile:
     if unlike := key.keys() ^ {spec.name for spec in fields(ProfileKey)}:
         raise ConfigError(f"key: unknown or missing {', '.join(sorted(unlike))}")
     coefficients = _object(raw["coefficients"], "coefficients")
-    if unlike := coefficients.keys() ^ set(COEFFICIENTS):
+    unlike = coefficients.keys() ^ set(COEFFICIENTS)
+    if unlike and unlike != set(KNEE):
         raise ConfigError(f"coefficients: unknown or missing {', '.join(sorted(unlike))}")
     for name, value in coefficients.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -188,7 +190,7 @@ def _parse(raw: object) -> Profile:
         raise ConfigError("created must be a string")
     profile = Profile(
         key=ProfileKey(**key),
-        coefficients={name: float(coefficients[name]) for name in COEFFICIENTS},
+        coefficients={name: float(value) for name, value in coefficients.items()},
         capture_sizes=tuple(sizes),
         fit=dict(_object(raw["fit"], "fit")),
         created=raw["created"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from taper.benchmark import BenchOptions
+from taper.benchmark import BenchOptions, without_secrets
 from taper.cli import cli
 from taper.core.types import ConfigError
 from taper.records import request_file
@@ -83,6 +83,11 @@ def test_a_trace_and_a_mix_do_not_go_together(tmp_path: Path) -> None:
 def test_secrets_are_no_settings(tmp_path: Path) -> None:
     options = BenchOptions(out=tmp_path, url="http://x", control_token="hidden", api_key="hidden")
     assert "hidden" not in json.dumps(options.settings())
+
+
+def test_secrets_are_not_kept_with_the_command() -> None:
+    given = ["bench", "--token", "hidden", "--api-key=hidden", "--loads", "1"]
+    assert without_secrets(given) == ["bench", "--token", "...", "--api-key=...", "--loads", "1"]
 
 
 def test_a_server_without_taper_is_benched_with_a_trace(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -200,3 +203,64 @@ def test_the_learner_forgets_old_steps_of_a_load() -> None:
     law = learner.law()
     assert law is not None
     assert coefficients(law) == pytest.approx(coefficients(LAW), rel=1e-6)
+
+
+KNEE = LinearLatency(base_s=0.019, row_s=3e-5, context_s=6e-8, prefill_s=9e-5, knee_rows=128, steep_s=7e-5)
+GPU_RECORD = Path(__file__).parents[2] / "results/gpu/h200-qwen3-32b/surface.json"
+
+
+def knee_grid(law: LinearLatency = KNEE) -> Samples:
+    counts = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
+    rows, context = (np.repeat(column.ravel(), 4) for column in np.meshgrid(counts, [64, 512, 2048]))
+    nothing = np.zeros_like(rows)
+    return Samples(
+        rows=rows,
+        context_tokens=context * rows,
+        prefill_tokens=nothing,
+        measured_s=law.predict(rows, context * rows, nothing),
+    )
+
+
+def gpu_record() -> Samples:
+    """Steps of a 32B model on one H200, engine asynchronous: medians of 177 loads, and every step with a prompt."""
+    record = json.loads(GPU_RECORD.read_text())
+    steps = [cell | {"prefill_tokens": 0, "measured_s": cell["p50_s"]} for cell in record["cells"]]
+    steps += record["prefill_steps"]
+    names = ("rows", "context_tokens", "prefill_tokens", "measured_s")
+    return Samples(**{name: np.array([step[name] for step in steps]) for name in names})
+
+
+def test_a_knee_is_found_where_there_is_one() -> None:
+    law = fit(knee_grid()).latency
+    assert (law.knee_rows, law.steep_s) == (128, pytest.approx(7e-5))
+    assert coefficients(law)[:3] == pytest.approx(coefficients(KNEE)[:3])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_makes_no_knee(seed: int) -> None:
+    exact = grid()
+    noisy = exact.measured_s * np.random.default_rng(seed).lognormal(0.0, 0.08, len(exact))
+    assert fit(with_seconds(exact, noisy)).latency.steep_s == 0
+
+
+def test_the_law_of_a_gpu_has_a_knee_and_holds_within_two_percent() -> None:
+    result = fit(gpu_record())
+    assert 96 <= result.latency.knee_rows <= 192
+    assert result.heldout_cell_mape is not None
+    assert result.heldout_cell_mape < 0.02
+
+
+def test_steps_timed_with_their_neighbour_do_not_price_prompts() -> None:
+    record = gpu_record()
+    mixed = (record.rows > 0) & (record.prefill_tokens > 0)
+    result = fit(record)
+    assert result.moved == np.count_nonzero(mixed)
+    alone = record.take(record.rows == 0)  # prompts of 257 and of 1024 tokens
+    predicted = result.latency.predict(alone.rows, alone.context_tokens, alone.prefill_tokens)
+    assert np.median(predicted / alone.measured_s) == pytest.approx(1.0, abs=0.1)
+
+
+def test_mixed_steps_of_an_engine_that_times_them_are_kept() -> None:
+    exact = grid()
+    noisy = exact.measured_s * np.random.default_rng(1).lognormal(0.0, 0.08, len(exact))
+    assert fit(with_seconds(exact, noisy)).moved == 0

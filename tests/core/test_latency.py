@@ -49,3 +49,24 @@ def test_impossible_coefficients_are_refused_by_name(field, value):
 def test_capture_sizes_must_ascend():
     with pytest.raises(ConfigError, match="ascending"):
         LinearLatency(base_s=0.01, row_s=0.0, context_s=0.0, prefill_s=0.0, capture_sizes=(4, 2))
+
+
+def test_rows_beyond_the_knee_cost_more():
+    law = LinearLatency(base_s=0.02, row_s=1e-5, context_s=0.0, prefill_s=0.0, knee_rows=128, steep_s=9e-5)
+    assert law.predict(128, 0, 0) == pytest.approx(0.02 + 128e-5)
+    assert law.predict(138, 0, 0) == pytest.approx(0.02 + 138e-5 + 10 * 9e-5)
+    columns = law.predict(np.array([1, 128, 138]), np.zeros(3, int), np.zeros(3, int))
+    assert columns.tolist() == [law.predict(rows, 0, 0) for rows in (1, 128, 138)]
+
+
+@pytest.mark.parametrize("rows", [3, 128, 300])
+def test_rows_within_inverts_the_row_terms(rows):
+    law = LinearLatency(base_s=0.02, row_s=1e-5, context_s=1e-8, prefill_s=0.0, knee_rows=128, steep_s=9e-5)
+    added_s = law.predict(rows, rows * 500, 0) - law.base_s
+    assert law.rows_within(added_s, 500) == pytest.approx(rows)
+
+
+def test_rows_that_cost_nothing_have_no_inverse():
+    law = LinearLatency(base_s=0.02, row_s=0.0, context_s=0.0, prefill_s=0.0)
+    with pytest.raises(ConfigError, match="prices rows at zero"):
+        law.rows_within(1.0, 500)

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from taper.core.types import ConfigError
+from taper.core.types import ConfigError, StepLoad
 from taper.profile import Profile, ProfileKey, save_profile
-from taper.sim.hardware import HARDWARE, UNBOUNDED, hardware
+from taper.sim.hardware import HARDWARE, UNBOUNDED, calibrated, hardware
 
 
 def profile(path: Path, *, row_s: float, prefill_s: float, fit: dict[str, float], sizes: tuple[int, ...] = ()) -> Path:
@@ -40,3 +40,14 @@ def test_a_profile_that_is_none_is_refused(tmp_path: Path) -> None:
     free = profile(tmp_path / "free.json", row_s=0.0, prefill_s=1e-6, fit={})
     with pytest.raises(ConfigError, match="prices rows at zero"):
         hardware(str(free))
+
+
+def test_the_shipped_h200_is_the_one_that_was_measured() -> None:
+    measured = calibrated(Path(__file__).parents[2] / "results/gpu/h200-qwen3-32b/profile.json")
+    shipped = HARDWARE["h200x1-qwen3-32b"]
+    for name in ("base_s", "row_s", "context_s", "prefill_s", "knee_rows", "steep_s"):
+        assert getattr(shipped, name) == pytest.approx(getattr(measured, name), rel=0.02), name
+    assert shipped.capture_sizes == measured.capture_sizes
+    load = StepLoad(rows=300, context_tokens=100_000, prefill_tokens=64)
+    assert shipped.seconds(load) == pytest.approx(measured.seconds(load), rel=0.02)
+    assert shipped.predictor().predict_load(load) == pytest.approx(shipped.seconds(load), rel=0.05)

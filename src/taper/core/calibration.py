@@ -8,6 +8,7 @@ and what is left is weighted by Huber's rule.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -24,7 +25,12 @@ HUBER_SIGMAS = 1.345
 HUBER_ROUNDS = 20
 FOLDS = 4  # parts that the cells are held out in, one after the other
 CONTEXT_BUCKETS_PER_OCTAVE = 4  # cells of samples that do not name theirs
-BASE, ROW, CONTEXT, PREFILL = range(4)
+KNEE_GAIN = 0.25  # a knee must take away this share of the error of the cells' medians
+KNEE_LEAST = 0.005  # ... and at least so much of it
+KNEE_SIDE = 3  # row counts visited on either side of a knee, at least
+MOVED_SHARE = 0.9  # a mixed step shorter than this share of what its rows take alone: its time was counted elsewhere
+MOVED_RULE = 0.1  # of the mixed steps; where so many are, the others cannot be trusted either
+BASE, ROW, CONTEXT, PREFILL, STEEP = range(5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +87,7 @@ class Fit:
     samples: int
     cells: int
     outliers: int  # rejected before fitting, by the rule of `outliers`
+    moved: int  # mixed steps left out because the engine counts their time to the step before, see `timed_alone`
     mape: float  # in sample
     heldout_mape: float | None  # each quarter of the cells, judged by the law of the others; None: < 4 cells
     heldout_cell_mape: float | None  # the same, on each cell's median: the law without the machine's noise
@@ -91,16 +98,17 @@ class Fit:
 
 
 def fit(samples: Samples, *, capture_sizes: tuple[int, ...] = ()) -> Fit:
-    """Fit T = a + b * pad(rows) + c * context + d * prefill.
+    """Fit T = a + b * pad(rows) + c * context + d * prefill, with a knee in the rows where the steps show one.
 
     A coefficient that the samples say nothing about is filled with a pessimistic stand-in: a prompt token
     costs what a row costs. Raises `ConfigError` when the samples cannot determine a, b and c at all.
     """
     _check_variation(samples)
     cells = samples.cells()
-    keep = ~outliers(samples.measured_s, cells)
+    quiet = ~outliers(samples.measured_s, cells)
+    keep = quiet & timed_alone(samples, cells, quiet)
     kept, kept_cells = samples.take(keep), cells[keep]
-    law = fit_law(kept, kept_cells, capture_sizes)
+    law = fit_law_with_knee(kept, kept_cells, capture_sizes)
     error = kept.measured_s / _predict(law, kept) - 1.0
     heldout_mape, heldout_cell_mape = _held_out_errors(kept, kept_cells, capture_sizes)
     p05, p50, p95 = np.quantile(error, [0.05, 0.5, 0.95])
@@ -108,7 +116,8 @@ def fit(samples: Samples, *, capture_sizes: tuple[int, ...] = ()) -> Fit:
         latency=law,
         samples=len(samples),
         cells=len(np.unique(cells)),
-        outliers=int(np.count_nonzero(~keep)),
+        outliers=int(np.count_nonzero(~quiet)),
+        moved=int(np.count_nonzero(quiet & ~keep)),
         mape=mape(law, kept),
         heldout_mape=heldout_mape,
         heldout_cell_mape=heldout_cell_mape,
@@ -132,16 +141,50 @@ def outliers(measured_s: Floats, cells: Ints) -> Bools:
     return np.asarray(distance > np.maximum(OUTLIER_MADS * sigma, OUTLIER_SHARE))
 
 
-def fit_law(samples: Samples, cells: Ints, capture_sizes: tuple[int, ...] = ()) -> LinearLatency:
-    """Huber-weighted non-negative least squares on relative errors, each cell weighing the same."""
+def timed_alone(samples: Samples, cells: Ints, quiet: Bools) -> Bools:
+    """All samples, or all but those of rows and prompts together where the engine does not time these by themselves.
+
+    An asynchronous engine launches step N+1 before it reports N. Where the launch itself takes long, as that of a
+    step with prompts outside of captured graphs, its time is counted to step N, and the mixed step looks shorter
+    than its rows alone (seen on one H200: 3 ms where the rows take 20; results/gpu). Prompts are then priced by
+    steps that carry nothing else. Where the decode steps do not determine a law, nothing can be told.
+    """
+    mixed = (samples.rows > 0) & (samples.prefill_tokens > 0)
+    decode = quiet & (samples.prefill_tokens == 0)
+    if not (mixed & quiet).any() or not _determined(samples.take(decode)):
+        return np.ones(len(samples), dtype=np.bool_)
+    rows_alone = fit_law(samples.take(decode), cells[decode])
+    alone_s = rows_alone.predict(samples.rows, samples.context_tokens, np.zeros_like(samples.prefill_tokens))
+    moved = mixed & quiet & (samples.measured_s < MOVED_SHARE * alone_s)
+    believed = np.count_nonzero(moved) <= MOVED_RULE * np.count_nonzero(mixed & quiet)
+    return ~mixed | believed
+
+
+def fit_law_with_knee(samples: Samples, cells: Ints, capture_sizes: tuple[int, ...] = ()) -> LinearLatency:
+    """The linear law, or the one with the best knee where that explains the cells' medians clearly better."""
+    linear = fit_law(samples, cells, capture_sizes)
+    visited = np.unique(samples.rows[samples.prefill_tokens == 0])
+    knees = visited[KNEE_SIDE - 1 : len(visited) - KNEE_SIDE]
+    if not len(knees):
+        return linear
+    best = min((fit_law(samples, cells, capture_sizes, float(knee)) for knee in knees), key=_cell_error(samples, cells))
+    error, least = (_cell_error(samples, cells)(law) for law in (linear, best))
+    return best if error - least > max(KNEE_GAIN * error, KNEE_LEAST) else linear
+
+
+def fit_law(
+    samples: Samples, cells: Ints, capture_sizes: tuple[int, ...] = (), knee_rows: float = np.inf
+) -> LinearLatency:
+    """Huber-weighted non-negative least squares on relative errors, each cell weighing the same; a knee where told."""
     padding = LinearLatency(base_s=1.0, row_s=1.0, context_s=0.0, prefill_s=0.0, capture_sizes=capture_sizes)
     rows = padding.padded(samples.rows) if capture_sizes else samples.rows
-    columns = np.stack([np.ones(len(samples)), rows, samples.context_tokens, samples.prefill_tokens], axis=1)
+    beyond = np.maximum(rows - knee_rows, 0.0)
+    columns = np.stack([np.ones(len(samples)), rows, samples.context_tokens, samples.prefill_tokens, beyond], axis=1)
     level = _spread(_cell_medians(samples.measured_s, cells), cells)
     count = np.bincount(cells)[cells]
     design, target = columns / level[:, None], samples.measured_s / level
     weight = np.ones(len(samples))
-    coefficients = np.zeros(4)
+    coefficients = np.zeros(columns.shape[1])
     for _ in range(HUBER_ROUNDS):
         before = coefficients
         coefficients = _nonnegative_least_squares(design, target, weight / count)
@@ -157,6 +200,8 @@ def fit_law(samples: Samples, cells: Ints, capture_sizes: tuple[int, ...] = ()) 
         row_s=float(coefficients[ROW]),
         context_s=float(coefficients[CONTEXT]),
         prefill_s=float(coefficients[PREFILL]),
+        knee_rows=float(knee_rows) if coefficients[STEEP] else 0.0,
+        steep_s=float(coefficients[STEEP]),
         capture_sizes=capture_sizes,
     )
 
@@ -205,6 +250,11 @@ class Learner:
         return replace(law, row_s=max(law.row_s, floor_s), prefill_s=max(law.prefill_s, floor_s))
 
 
+def _cell_error(samples: Samples, cells: Ints) -> Callable[[LinearLatency], float]:
+    """Of a law: the mean relative error of the cells' medians."""
+    return lambda law: float(np.mean(np.abs(_cell_medians(_predict(law, samples) / samples.measured_s, cells) - 1.0)))
+
+
 def _predict(law: LinearLatency, samples: Samples) -> Floats:
     return law.predict(samples.rows, samples.context_tokens, samples.prefill_tokens)
 
@@ -236,7 +286,7 @@ def _held_out_errors(
     ratio = np.full(len(samples), np.nan)  # predicted / measured
     for held in (fold == part for part in range(FOLDS)):
         if held.any() and _determined(samples.take(~held)):
-            law = fit_law(samples.take(~held), cells[~held], capture_sizes)
+            law = fit_law_with_knee(samples.take(~held), cells[~held], capture_sizes)
             ratio[held] = _predict(law, samples.take(held)) / samples.measured_s[held]
     if np.isnan(ratio).any():
         return None, None
@@ -270,7 +320,7 @@ def _nonnegative_least_squares(design: Floats, target: Floats, weight: Floats) -
     root = np.sqrt(weight)
     scaled = design * root[:, None]
     norms = np.linalg.norm(scaled, axis=0)
-    usable = [column for column in (ROW, CONTEXT, PREFILL) if norms[column] > 0]
+    usable = [column for column in (ROW, CONTEXT, PREFILL, STEEP) if norms[column] > 0]
     best, best_loss = np.zeros(design.shape[1]), np.inf
     for size in range(len(usable) + 1):
         for chosen in combinations(usable, size):

@@ -1,10 +1,12 @@
 """Step load -> predicted seconds.
 
-    T = s * (a + b * pad(rows) + c * context_tokens + q * d * prefill_tokens)
+    T = s * (a + b * pad(rows) + e * max(pad(rows) - k, 0) + c * context_tokens + q * d * prefill_tokens)
 
 a, b, c are the published linear law (arXiv 2605.06914); d prices the prompt tokens mixed into a step;
-pad() is the CUDA-graph staircase (a decode batch is padded up to the next captured size); s and q are the
-online corrections of the whole and of the prefill term.
+pad() is the CUDA-graph staircase (a decode batch is padded up to the next captured size); k and e are the knee
+of the roofline: up to k rows the arithmetic hides behind the reading of the weights, beyond it each row costs e
+more (on one H200 with a 32B model at about 128 rows; results/gpu). s and q are the online corrections of the
+whole and of the prefill term.
 """
 
 from __future__ import annotations
@@ -35,18 +37,20 @@ class LatencyModel(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearLatency:
-    """The linear law above. Coefficients in seconds per unit, all >= 0, base > 0."""
+    """The law above. Coefficients in seconds per unit, all >= 0, base > 0; linear without a knee (steep_s = 0)."""
 
     base_s: float
     row_s: float
     context_s: float
     prefill_s: float
+    knee_rows: float = 0.0
+    steep_s: float = 0.0  # of a row beyond the knee, on top of row_s
     capture_sizes: tuple[int, ...] = ()  # ascending; empty without CUDA graphs
     scale: float = 1.0
     prefill_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("base_s", "row_s", "context_s", "prefill_s", "scale", "prefill_scale"):
+        for name in ("base_s", "row_s", "context_s", "prefill_s", "knee_rows", "steep_s", "scale", "prefill_scale"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ConfigError(f"latency model: {name} must be finite and >= 0, not {value!r}")
@@ -64,7 +68,25 @@ class LinearLatency:
         """Seconds for one step or, given equally long columns, for each of several."""
         padded = self.padded(rows) if self.capture_sizes else rows
         prefill_s = self.prefill_scale * self.prefill_s * prefill_tokens
-        return self.scale * (self.base_s + self.row_s * padded + self.context_s * context_tokens + prefill_s)
+        return self.scale * (self.base_s + self.rows_s(padded) + self.context_s * context_tokens + prefill_s)
+
+    def rows_s(self, rows: Any) -> Any:
+        """Seconds that so many rows add to a step, uncorrected; `rows` as computed, that is padded."""
+        if not self.steep_s:
+            return self.row_s * rows
+        return self.row_s * rows + self.steep_s * (rows - self.knee_rows) * (rows > self.knee_rows)
+
+    def rows_within(self, seconds: float, context_tokens: float) -> float:
+        """Rows of `context_tokens` each that take so many seconds on top of the base, uncorrected.
+
+        Raises ConfigError where rows cost nothing.
+        """
+        row_s = self.row_s + self.context_s * context_tokens
+        if row_s + self.steep_s <= 0:
+            raise ConfigError("the latency law prices rows at zero: no load makes branches compete")
+        if not self.steep_s or seconds <= row_s * self.knee_rows:
+            return seconds / row_s
+        return self.knee_rows + (seconds - row_s * self.knee_rows) / (row_s + self.steep_s)
 
     def predict_load(self, load: StepLoad) -> float:
         return self.predict(load.rows, load.context_tokens, load.prefill_tokens)

@@ -13,8 +13,8 @@ from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError, StepLoad
 from taper.profile import load_profile
 
-# vLLM's default decode graphs: 1, 2, 4, then multiples of 8 up to 512.
-CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 513, 8))
+# vLLM's default decode graphs: 1, 2, 4, then multiples of 8 up to 256, of 16 up to 512.
+CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
 UNBOUNDED = 1 << 40
 SLOW_PREFILL_S = 200e-6  # per prompt token
 USUAL_CONTEXT_TOKENS = 1000
@@ -31,6 +31,8 @@ class Hardware:
     row_s: float
     context_s: float
     prefill_s: float
+    knee_rows: float = 0.0
+    steep_s: float = 0.0
     capture_sizes: tuple[int, ...] = ()
     max_batched_tokens: int = 2048  # tokens of any kind in one step
     max_rows: int = 1024  # resident branches, running or deferred
@@ -50,6 +52,7 @@ class Hardware:
         return (
             self.base_s
             + self.row_s * rows
+            + self.steep_s * max(rows - self.knee_rows, 0)
             + self.context_s * load.context_tokens
             + self.prefill_s * load.prefill_tokens
         )
@@ -61,6 +64,8 @@ class Hardware:
             row_s=self.row_s * bias,
             context_s=self.context_s * bias,
             prefill_s=self.prefill_s * bias,
+            knee_rows=self.knee_rows,
+            steep_s=self.steep_s * bias,
         )
 
     def scaled(self, factor: float) -> Hardware:
@@ -71,6 +76,7 @@ class Hardware:
             row_s=self.row_s * factor,
             context_s=self.context_s * factor,
             prefill_s=self.prefill_s * factor,
+            steep_s=self.steep_s * factor,
         )
 
 
@@ -110,12 +116,14 @@ HARDWARE = {
         ),
         Hardware(
             name="h200x1-qwen3-32b",
-            base_s=15.4e-3,
-            row_s=70e-6,
-            context_s=62e-9,
-            prefill_s=110e-6,
+            base_s=19.3e-3,
+            row_s=28e-6,
+            context_s=59e-9,
+            prefill_s=90e-6,
+            knee_rows=128,
+            steep_s=73.5e-6,
             capture_sizes=CUDA_GRAPH_SIZES,
-            kv_tokens=210_000,
+            kv_tokens=280_000,
         ),
     )
 }
@@ -146,9 +154,7 @@ def calibrated(path: str | Path) -> Hardware:
     profile = load_profile(path)
     law = profile.latency()
     like = HARDWARE["cpu-smollm2" if law.prefill_s > SLOW_PREFILL_S else "a100x8-qwen3-32b"]
-    row_s = law.row_s + law.context_s * USUAL_CONTEXT_TOKENS * like.output_scale
-    if row_s <= 0:
-        raise ConfigError(f"profile {path}: prices rows at zero: no load makes branches compete")
+    rows = law.rows_within(NOMINAL_FILL * law.base_s, USUAL_CONTEXT_TOKENS * like.output_scale)
     floor = profile.fit.get("noise_floor")
     return replace(
         like,
@@ -157,9 +163,11 @@ def calibrated(path: str | Path) -> Hardware:
         row_s=law.row_s,
         context_s=law.context_s,
         prefill_s=law.prefill_s,
+        knee_rows=law.knee_rows,
+        steep_s=law.steep_s,
         capture_sizes=law.capture_sizes,
         max_rows=UNBOUNDED,
         kv_tokens=UNBOUNDED,
         noise=MAD_TO_SIGMA * floor if isinstance(floor, float) else like.noise,
-        nominal_requests=min(256, max(4, round(NOMINAL_FILL * law.base_s / row_s))),
+        nominal_requests=min(256, max(4, round(rows))),
     )

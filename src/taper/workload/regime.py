@@ -72,7 +72,7 @@ def operating_point(
     # rows tokens leave per step, so rows / tokens requests start per step
     step_s = law.scale * (
         law.base_s
-        + law.row_s * rows
+        + law.rows_s(rows)
         + law.context_s * rows * (demand.context_tokens + cost.template_tokens)
         + law.prefill_scale * law.prefill_s * prefill_per_request * rows / demand.tokens
     )
@@ -80,12 +80,10 @@ def operating_point(
 
 
 def concurrency_for(law: LinearLatency, demand: Demand, *, fill: float, footprint: Footprint | None = None) -> int:
-    """K = `fill` * a / b_row, at least 4 and at most 256. Raises ConfigError where rows cost nothing."""
-    cost = footprint or Footprint()
-    row_s = law.row_s + law.context_s * (demand.context_tokens + cost.template_tokens)
-    if row_s <= 0:
-        raise ConfigError("the latency law prices rows at zero: no load makes branches compete")
-    return int(min(MAX_CONCURRENCY, max(4, round(fill * law.base_s / row_s))))
+    """Rows that add `fill` of the base to a step, 4 to 256 of them. Raises ConfigError where rows are free."""
+    context_tokens = demand.context_tokens + (footprint or Footprint()).template_tokens
+    rows = law.rows_within(fill * law.base_s, context_tokens)
+    return int(min(MAX_CONCURRENCY, max(4, round(rows))))
 
 
 def contended(

@@ -24,7 +24,7 @@ from taper.engines.vllm.drive import Driver
 from taper.engines.vllm.facts import key_of
 from taper.engines.vllm.grid import Bounds, Visit
 from taper.engines.vllm.launch import ServerError
-from taper.profile import Profile, ProfileKey
+from taper.profile import COEFFICIENTS, KNEE, Profile, ProfileKey
 
 START_BUDGET_S = 45.0
 STEPS_PER_VISIT = 8
@@ -163,14 +163,10 @@ def _facts(state: Mapping[str, Any]) -> dict[str, Any]:
 def _profile(key: ProfileKey, result: Fit, capture_sizes: tuple[int, ...]) -> Profile:
     law, stats = result.latency, asdict(result)
     del stats["latency"]
+    names = (*COEFFICIENTS, *KNEE) if law.steep_s else COEFFICIENTS
     return Profile(
         key=key,
-        coefficients={
-            "base_s": law.base_s,
-            "row_s": law.row_s,
-            "context_s": law.context_s,
-            "prefill_s": law.prefill_s,
-        },
+        coefficients={name: float(getattr(law, name)) for name in names},
         capture_sizes=capture_sizes,
         fit=stats,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -22,8 +22,9 @@ RESIDUAL_ROWS = 10  # at most so many lines of the residual table
 
 def law_line(law: LinearLatency) -> str:
     """The law in words, in ms and us."""
+    steep = f" (+ {law.steep_s * 1e3:.3f} ms beyond {law.knee_rows:g})" if law.steep_s else ""
     return (
-        f"{law.base_s * 1e3:.2f} ms + {law.row_s * 1e3:.3f} ms/row + {law.context_s * 1e6:.3f} us/context token"
+        f"{law.base_s * 1e3:.2f} ms + {law.row_s * 1e3:.3f} ms/row{steep} + {law.context_s * 1e6:.3f} us/context token"
         f" + {law.prefill_s * 1e3:.3f} ms/prompt token"
     )
 
@@ -78,6 +79,8 @@ def _coefficients(law: LinearLatency) -> Table:
         table.add_column(name, justify="right" if name == "value" else "left")
     table.add_row("base", f"{law.base_s * 1e3:.3f}", "ms")
     table.add_row("row", f"{law.row_s * 1e3:.4f}", "ms per row")
+    if law.steep_s:
+        table.add_row("  beyond the knee", f"+{law.steep_s * 1e3:.4f}", f"ms per row beyond {law.knee_rows:g}")
     table.add_row("context", f"{law.context_s * 1e6:.4f}", "us per context token")
     table.add_row("prompt", f"{law.prefill_s * 1e3:.4f}", "ms per prompt token")
     return table
