@@ -1,13 +1,16 @@
 # make demo [JSON=out.json] [ARGS="..."]   everything set up in .venv, then `taper demo`
 # make test [ARGS="-k slack"]              ruff, mypy and every test, the engine's too
 # make setup [EXTRA=cpu|cuda] [PYTHON=...] only the set-up
+#
+# VLLM=0.28.0 with any of them: that release of vLLM, in an environment of its own (.venv-0.28.0)
 
 SHELL := bash
 .DEFAULT_GOAL := help
-BIN := .venv/bin
-export EXTRA PYTHON TORCH_INDEX_URL
+BIN := .venv$(addprefix -,$(VLLM))/bin
+VERSIONS := 0.28.0
+export EXTRA PYTHON TORCH_INDEX_URL VLLM
 
-.PHONY: help setup demo test test-fast lint format bench-decide bench-neutrality bench-visibility doctor model clean distclean
+.PHONY: help setup demo test test-fast test-versions seams lint format bench-decide bench-neutrality bench-visibility doctor model clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +26,14 @@ test: lint ## lint, types and all tests, with real engines (about 20 minutes on 
 
 test-fast: setup ## the tests that start no engine
 	@$(BIN)/python -m pytest -m "not engine" $(ARGS)
+
+test-versions: ## seams and scheduler on the other releases of vLLM that we test (VERSIONS), no engine
+	@set -e; for version in $(VERSIONS); do \
+	  VLLM=$$version scripts/setup.sh; .venv-$$version/bin/python -m pytest tests/vllm $(ARGS); \
+	done
+
+seams: ## which seams moved in a new release of vLLM (VLLM=0.34.0)
+	@scripts/seams.sh $(VLLM)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -52,5 +63,5 @@ clean: ## caches and build output
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## also the environment; the model cache stays
-	rm -rf .venv .venv.lock
+distclean: clean ## also the environments; the model cache stays
+	rm -rf .venv .venv-* .venv.lock

