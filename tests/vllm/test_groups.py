@@ -9,6 +9,7 @@ import pytest
 
 from taper.claims import ClaimLimits
 from taper.core.types import FinishedRequest
+from taper.engines.vllm.groups import Columns
 from tests.vllm.harness import fork, request, server_config
 
 
@@ -144,3 +145,41 @@ def test_a_group_between_stages_starts_anew(make):
     driver.now_s = 500.0
     driver.add(request("b", tokens=3, xargs=tag))
     assert driver.taper.table.columns.arrival_s.tolist() == [500.0]
+
+
+def test_columns_kept_from_step_to_step_are_those_built_afresh(make):
+    rng = np.random.default_rng(3)
+    driver = make()
+    names = ("request", "first", "prompt_tokens", "end_tokens", "spared_tokens", "ended_tokens", "computed_tokens")
+    tag = {"taper_group": "g"}
+    for turn in range(120):
+        if turn % 4 == 0 and turn < 80:
+            name = f"p{turn}"
+            width, prompt, tokens = (int(rng.integers(*span)) for span in ((1, 6), (17, 90), (3, 30)))
+            driver.add(*fork(name, width, prompt=prompt, tokens=tokens))
+            driver.add(request(f"{name}-tagged", prompt=prompt, tokens=tokens, xargs=tag, arrival=float(turn)))
+        if turn % 7 == 3 and driver.taper.table.branches:
+            driver.abort(str(rng.choice(sorted(driver.taper.table.branches))))
+        driver.step()
+        kept = driver.taper.table.columns
+        for group in driver.taper.table.groups.values():
+            group.stirred()
+        fresh = Columns(list(driver.taper.table.groups.values()))
+        assert kept.ids == fresh.ids
+        assert all(one is other for one, other in zip(kept.requests, fresh.requests, strict=True))
+        assert all(one is other for one, other in zip(kept.output_tokens, fresh.output_tokens, strict=True))
+        for column in names:
+            assert getattr(kept, column).tolist() == getattr(fresh, column).tolist(), column
+        assert [one.tolist() for one in kept.numbers] == [one.tolist() for one in fresh.numbers]
+    assert not driver.taper.fallbacks
+
+
+def test_only_a_group_that_changed_is_read_again(make):
+    driver = make()
+    driver.add(*fork("a", 3), *fork("b", 2))
+    before = {group.key[1]: group.block for group in driver.taper.table.groups.values()}
+    driver.add(*fork("b", 3)[2:])
+    driver.step()
+    after = {group.key[1]: group.block for group in driver.taper.table.groups.values()}
+    assert after["a"] is before["a"]
+    assert after["b"] is not before["b"]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,33 @@ class Branch:
     number: int = 0  # counts the branches of its group
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The part of `Columns` that belongs to one group. With hundreds of branches waiting most groups keep theirs."""
+
+    branches: list[Branch]
+    requests: list[Any]
+    output_tokens: list[list[int]]
+    ids: list[str]
+    tokens: Ints  # (3, branches): of the prompt, at the certain end, spared by a sibling's KV
+
+    @classmethod
+    def of(cls, branches: list[Branch]) -> Block:
+        requests = [branch.request for branch in branches]
+        tokens = [
+            [request.num_prompt_tokens for request in requests],
+            [compat.end_tokens(request) for request in requests],
+            [branch.spared_tokens for branch in branches],
+        ]
+        return cls(
+            branches=branches,
+            requests=requests,
+            output_tokens=[branch.output_tokens for branch in branches],
+            ids=[request.request_id for request in requests],
+            tokens=np.array(tokens, dtype=np.int64),
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Group:
     """One logical request: its live branches and its accounts."""
@@ -58,6 +86,18 @@ class Group:
     longest_ended_tokens: int = 0  # of this parallel stage
     externality_before_s: float = 0.0  # the table's externality clock at the first token
     is_whole: bool = True  # no branch was aborted
+    _block: Block | None = None
+
+    @property
+    def block(self) -> Block:
+        """What does not change from step to step of its branches; rebuilt after `stirred`."""
+        if self._block is None:
+            self._block = Block.of(list(self.branches.values()))
+        return self._block
+
+    def stirred(self) -> None:
+        """A branch came, went, or became another."""
+        self._block = None
 
     def settle(self) -> None:
         """Book the tokens since the last call under the width the group has had meanwhile."""
@@ -122,7 +162,7 @@ class GroupTable:
             self.parallel_groups += 1
             self.forks += 1
             group.is_branching = True
-        self._columns = None
+        self._stir(group)
 
     def end(self, request_id: str, now_s: float, *, is_whole: bool) -> FinishedRequest | None:
         """A request left the engine; the finished logical request if this was its last branch.
@@ -139,7 +179,7 @@ class GroupTable:
         group.ended_tokens += len(branch.output_tokens)
         group.ended_branches += 1
         group.computed_tokens = max(group.computed_tokens, branch.request.num_computed_tokens)
-        self._columns = None
+        self._stir(group)
         if not group.branches:
             return self._close(group, now_s)
         group.longest_ended_tokens = max(group.longest_ended_tokens, branch.stage_tokens)
@@ -161,6 +201,12 @@ class GroupTable:
             if branch is not None and branch.output_tokens and math.isnan(branch.group.first_token_s):
                 self._start(branch.group, now_s)
 
+    def changed(self, request_id: str) -> None:
+        """A known request has another prompt: the next chunk of a streaming-input session."""
+        branch = self.branches.get(request_id)
+        if branch is not None:
+            self._stir(branch.group)
+
     def set_claims(self, group: Group, claims: Claims) -> None:
         group.claims = claims
         self._columns = None
@@ -178,6 +224,10 @@ class GroupTable:
         if self._columns is None:
             self._columns = Columns(list(self.groups.values()))
         return self._columns
+
+    def _stir(self, group: Group) -> None:
+        group.stirred()
+        self._columns = None
 
     def _start(self, group: Group, now_s: float) -> None:
         del self._silent[group.key]
@@ -224,18 +274,18 @@ class Columns:
     """Per-group and per-branch constants as numpy columns; branches ordered by group."""
 
     def __init__(self, groups: list[Group]) -> None:
-        branches = [branch for group in groups for branch in group.branches.values()]
+        blocks = [group.block for group in groups]
         self.groups = groups
-        self.requests = [branch.request for branch in branches]
-        self.output_tokens = [branch.output_tokens for branch in branches]
-        self.ids = [request.request_id for request in self.requests]
+        self.requests = list(chain.from_iterable(block.requests for block in blocks))
+        self.output_tokens = list(chain.from_iterable(block.output_tokens for block in blocks))
+        self.ids = list(chain.from_iterable(block.ids for block in blocks))
         live = np.fromiter((len(group.branches) for group in groups), np.int64, len(groups))
         self.request: Ints = np.repeat(np.arange(len(groups)), live)
         self.first: Ints = np.cumsum(live) - live
-        self._branches = branches
-        self.prompt_tokens = _ints([request.num_prompt_tokens for request in self.requests])
-        self.end_tokens = _ints([compat.end_tokens(request) for request in self.requests])
-        self.spared_tokens = _ints([branch.spared_tokens for branch in branches])
+        self._blocks = blocks
+        none = np.zeros((3, 0), dtype=np.int64)
+        tokens = np.concatenate([none, *(block.tokens for block in blocks)], axis=1)
+        self.prompt_tokens, self.end_tokens, self.spared_tokens = tokens
         self.arrival_s = np.array([group.arrival_s for group in groups])
         self.first_token_s = np.array([group.first_token_s for group in groups])
         self.ended_tokens = _ints([group.ended_tokens for group in groups])
@@ -253,7 +303,9 @@ class Columns:
     @cached_property
     def numbers(self) -> tuple[Ints, Ints]:
         """(running number of each group, of each branch inside its group), for traces."""
-        return _ints([group.number for group in self.groups]), _ints([branch.number for branch in self._branches])
+        return _ints([group.number for group in self.groups]), _ints(
+            [branch.number for block in self._blocks for branch in block.branches]
+        )
 
     @cached_property
     def adapter(self) -> Ints:

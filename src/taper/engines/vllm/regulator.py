@@ -97,6 +97,11 @@ class Regulator:
             self.table.add(request, self.claims_of(request), now_s)
             self.onlooker.added(self.table.branches[request.request_id], now_s)
 
+    def continued(self, request: Any) -> None:
+        """The next chunk of a streaming-input session came in."""
+        with self._guarded():
+            self.table.changed(request.request_id)
+
     def aborted(self, request_ids: list[str] | None) -> None:
         """After vLLM ended these requests (None: all of them) from outside."""
         with self._guarded():
@@ -259,8 +264,10 @@ class Regulator:
 
     def _note_end(self, request_id: str, now_s: float) -> None:
         branch = self.table.branches.get(request_id)
-        # A streaming-input session reports an end and lives on.
-        if branch is None or not compat.is_over(branch.request):
+        if branch is None:
+            return
+        if not compat.is_over(branch.request):
+            self.table.changed(request_id)  # a streaming-input session reports an end and lives on
             return
         self._end(request_id, now_s, is_whole=compat.ended_well(branch.request))
 

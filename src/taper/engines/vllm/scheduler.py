@@ -66,6 +66,8 @@ class TaperScheduler(Scheduler):  # type: ignore[misc]
         result = super().add_request(request, *args, **kwargs)
         if is_new:
             self.taper.added(request)
+        else:
+            self.taper.continued(request)
         return result
 
     def finish_requests(self, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
