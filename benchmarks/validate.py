@@ -1,105 +1,136 @@
 """The simulator against the real engine: every window of a `taper bench` sweep, simulated with the same requests.
 
-    python benchmarks/validate.py MEASURED.json --profile PROFILE.json [--json SIMULATED.json]
+    python benchmarks/validate.py MEASURED... [--hardware NAME] [--trace FILE] [--json SIMULATED.json]
 
-MEASURED is a results file of the default mix with its `resolved` block: results/engine/loads.json, say. The simulated
-machine is the profile's, slowed by what the bench found steps to take under load; requests, arrivals, SLO, bound on
-requests in service and windows are the measured ones. Printed are medians over the rounds, per point and policy, and
-how far they lie apart. SIMULATED has the same schema, for `taper report MEASURED.json SIMULATED.json`.
+MEASURED are output folders of `taper bench`, or results files that keep its settings (results/engine/loads.json).
+Requests, arrivals, SLO, bound on requests in service and windows are the measured ones; the machine is --hardware, and
+its controller starts from the bench's calibration, as the engine's did. Printed are medians over the rounds, per point
+and policy. SIMULATED has the schema of MEASURED: `taper report MEASURED... SIMULATED.json` draws one against the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from taper.core.types import Slo
+from taper.benchmark import BenchOptions, Resolved, source_of
+from taper.core.latency import LinearLatency
+from taper.core.types import ConfigError, Slo
+from taper.profile import parse_profile
 from taper.results import Run, document, read_runs
-from taper.sim.hardware import Hardware, calibrated
-from taper.sim.run import Case, conditions_of, simulate, window_of
-from taper.sim.scenario import Scenario, of_regime, settle
+from taper.sim.hardware import Hardware, hardware
+from taper.sim.run import Case, simulate, window_of
+from taper.sim.scenario import of_regime, settle
 from taper.sim.summary import summarise
-from taper.workload import Regime, Synthetic
+from taper.workload import Regime, Source
 
 TOLERANCE = 0.10
-SCENARIO = "contended"
+UNJUDGED_TTFT_S = 60.0  # what the bench gives the controller where TTFT is not judged
+ABOUT = ("settings", "resolved", "profile")
 
 
-def seconds_of(command: str, option: str) -> float:
-    """The value of an option of the recorded command."""
-    words = shlex.split(command)
-    return float(words[words.index(option) + 1])
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What was measured, and under what."""
+
+    runs: list[Run]
+    options: BenchOptions
+    source: Source
+    law: LinearLatency  # the controller's, to start with
 
 
-def scenario_of(run: Run, measured: dict[str, Any]) -> Scenario:
-    """The window's load, as the simulator takes it."""
-    conditions, resolved = run.conditions, measured["resolved"]
-    source = Synthetic().shared(conditions.share)
-    regime = Regime(
-        name=SCENARIO,
-        source=source.scaled(resolved["output_scale"], prompt=resolved["prompt_scale"]),
-        rate_rps=conditions.rate_rps,
-        max_concurrency=conditions.concurrency,
-        slo=Slo(tpot_s=conditions.slo_tpot_s, ttft_s=60.0),
+def read(path: Path, trace: Path | None) -> Sweep:
+    """Raises ConfigError for a sweep that does not say how it was made, or judged TTFT."""
+    runs = read_runs(path / "runs.json" if path.is_dir() else path)
+    about: dict[str, Any] = json.loads((path / "meta.json" if path.is_dir() else path).read_text("utf-8"))
+    if missing := [key for key in ABOUT if not about.get(key)]:
+        raise ConfigError(f"{path}: has no {missing[0]}: not a bench of a TAPER server with a calibration")
+    options = BenchOptions.of_settings(about["settings"], out=path)
+    if options.trace_path and trace:
+        options = replace(options, trace_path=trace)
+    if options.ttft_slo_s is not None:
+        raise ConfigError(f"{path}: time to first token was judged; the simulator's records do not")
+    return Sweep(
+        runs=[run for run in runs if run.conditions.accepted],
+        options=options,
+        source=Resolved(**about["resolved"]).of(source_of(options)),
+        law=parse_profile(about["profile"], where=f"{path}: profile").latency(),
     )
-    ramp_s, measure_s = (seconds_of(measured["command"], option) for option in ("--ramp-s", "--measure-s"))
-    load_s = ramp_s + measure_s
-    return of_regime(regime, load=conditions.load, duration_s=load_s, warm_share=ramp_s / load_s)
 
 
-def simulated(run: Run, machine: Hardware, measured: dict[str, Any]) -> Run:
-    case = Case(scenario=scenario_of(run, measured), machine=machine, policy=run.policy, seed=run.conditions.seed)
-    setting = settle(case.scenario, machine)
-    trace = simulate(case)
-    conditions = replace(conditions_of(case, setting), round=run.conditions.round)
-    return summarise(conditions, trace.records, [trace], window_of(case, setting))
+def case_of(run: Run, sweep: Sweep, machine: Hardware) -> Case:
+    """The window's load, as the simulator takes it."""
+    conditions, plan = run.conditions, sweep.options.plan
+    regime = Regime(
+        name=machine.name,
+        source=sweep.source if conditions.share is None else sweep.source.shared(conditions.share),
+        rate_rps=conditions.rate_rps or 0.0,
+        max_concurrency=conditions.concurrency or 1,
+        slo=Slo(tpot_s=conditions.slo_tpot_s or 0.0, ttft_s=UNJUDGED_TTFT_S),
+    )
+    scenario = of_regime(
+        regime, load=conditions.load or 1.0, duration_s=plan.load_s, warm_share=plan.ramp_s / plan.load_s
+    )
+    return Case(scenario=scenario, machine=machine, policy=run.policy, seed=conditions.seed, law=sweep.law)
+
+
+def simulated(run: Run, sweep: Sweep, machine: Hardware, draws: int) -> Iterator[Run]:
+    """The window, under several draws of the noise."""
+    case = case_of(run, sweep, machine)
+    window = window_of(case, settle(case.scenario, machine))
+    conditions = replace(run.conditions, hardware=machine.name, window="", attempt=0, bound_tok_s=None)
+    for draw in range(draws):
+        trace = simulate(case, draw=draw)
+        yield summarise(conditions, trace.records, [trace], window)
 
 
 def median(runs: Sequence[Run], field: Callable[[Run], float | None]) -> float:
     return statistics.median(field(run) or 0.0 for run in runs)
 
 
-def table(measured: Sequence[Run], simulated: Sequence[Run]) -> tuple[list[str], list[float]]:
-    """Markdown rows, one per point and policy, and how far each figure lies off: shares for goodput, points / 100."""
+def table(measured: Sequence[Run], made: Sequence[Run]) -> tuple[list[str], list[float]]:
+    """Markdown rows, one per point and policy, and by what share each simulated figure lies off."""
     lines = [
-        "| share | load | policy | goodput measured | simulated | ratio | attainment measured | simulated |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| share | load | policy | goodput measured | simulated | ratio | attainment measured | simulated | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+
+    def key(run: Run) -> tuple[Any, ...]:
+        return run.conditions.share, run.conditions.rate_rps, run.conditions.slo_tpot_s, run.policy
+
     off: list[float] = []
-    keys = dict.fromkeys((run.conditions.share, run.conditions.load, run.policy) for run in measured)
-    for share, load, policy in keys:
-        pair = [
-            [run for run in runs if (run.conditions.share, run.conditions.load, run.policy) == (share, load, policy)]
-            for runs in (measured, simulated)
-        ]
+    for point in dict.fromkeys(map(key, measured)):
+        pair = [[run for run in runs if key(run) == point] for runs in (measured, made)]
         goodput = [median(runs, lambda run: run.summary.goodput_tok_s) for runs in pair]
         attained = [median(runs, lambda run: run.summary.attainment) for runs in pair]
-        ratio = goodput[1] / goodput[0]
-        off += [abs(ratio - 1), abs(attained[1] - attained[0])]
+        ratios = [after / before if before else float(after == before) for before, after in (goodput, attained)]
+        off += [abs(ratio - 1) for ratio in ratios]
+        first = pair[0][0].conditions
         lines.append(
-            f"| {share:g} | {load:g} | {policy} | {goodput[0]:.0f} | {goodput[1]:.0f} | {ratio:.2f} "
-            f"| {attained[0]:.0%} | {attained[1]:.0%} |"
+            f"| {first.share or 0:g} | {first.load or 0:g} | {first.policy} | {goodput[0]:.0f} | {goodput[1]:.0f} "
+            f"| {ratios[0]:.2f} | {attained[0]:.0%} | {attained[1]:.0%} | {ratios[1]:.2f} |"
         )
     return lines, off
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measured", type=Path)
-    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("measured", type=Path, nargs="+", metavar="MEASURED")
+    parser.add_argument("--hardware", default="cpu-smollm2")
+    parser.add_argument("--trace", type=Path, help="the file of a replay, where it lies elsewhere now")
+    parser.add_argument("--draws", type=int, default=3, help="of the noise, per window")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    about = json.loads(options.measured.read_text())
-    runs = [run for run in read_runs(options.measured) if run.conditions.accepted]
-    machine = calibrated(options.profile).scaled(about["resolved"]["law_scale"])
-    made = [simulated(run, machine, about) for run in runs]
-    lines, off = table(runs, made)
+    machine = hardware(options.hardware)
+    sweeps = [read(path, options.trace) for path in options.measured]
+    measured = [run for sweep in sweeps for run in sweep.runs]
+    made = [one for sweep in sweeps for run in sweep.runs for one in simulated(run, sweep, machine, options.draws)]
+    lines, off = table(measured, made)
     print("\n".join(lines))
     close = sum(one <= TOLERANCE for one in off)
     print(f"{close} of {len(off)} figures within {TOLERANCE:.0%}, median {statistics.median(off):.1%} off")

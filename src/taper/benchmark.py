@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -46,6 +46,7 @@ _LONGEST_S = 8.0  # of a mean request at width 1, so that a window holds many
 _MOST_TRACE_ROWS = 1_000_000
 _SAMPLED_PROMPTS = 2000
 _PIPE_COLUMNS = 150
+_PATHS = ("mix_path", "trace_path", "profile_path")
 SECRET_OPTIONS = ("--token", "--api-key")
 
 
@@ -104,6 +105,20 @@ class BenchOptions:
         raw = {spec.name: getattr(self, spec.name) for spec in fields(self) if spec.name not in left_out}
         return {name: _plain(value) for name, value in raw.items()}
 
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any], *, out: Path) -> Self:
+        """The options that had these settings. Raises ConfigError for settings of another version."""
+        try:
+            values = {
+                **settings,
+                "arrivals": Arrivals(**settings["arrivals"]),
+                "plan": WindowPlan(**settings["plan"]),
+                **{name: Path(settings[name]) for name in _PATHS if settings[name] is not None},
+            }
+            return cls(out=out, **values)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{out}: settings of another version: {error}") from error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
@@ -113,6 +128,10 @@ class Resolved:
     prompt_scale: float
     output_scale: float
     context_tokens: int | None
+
+    def of(self, source: Source) -> Source:
+        """The requests as the model gets them."""
+        return source.scaled(self.output_scale, prompt=self.prompt_scale).within(self.context_tokens)
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
@@ -134,7 +153,7 @@ def run_bench(options: BenchOptions, console: Console) -> list[Run]:
     """
     if not console.is_terminal:
         console = Console(file=console.file, width=_PIPE_COLUMNS)
-    source = _source(options)
+    source = source_of(options)
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["taper", *without_secrets(sys.argv[1:])]),
@@ -239,7 +258,7 @@ def _output_scale(options: BenchOptions, source: Source, law: LinearLatency, fou
 
 
 def _sweep(options: BenchOptions, source: Source, fleet: LocalFleet | RemoteFleet, resolved: Resolved) -> Sweep:
-    scaled = source.scaled(resolved.output_scale, prompt=resolved.prompt_scale).within(resolved.context_tokens)
+    scaled = resolved.of(source)
     law = fleet.profile.latency().corrected(scale=resolved.law_scale, prefill_scale=1.0) if fleet.profile else None
     return Sweep(
         source=scaled,
@@ -275,7 +294,8 @@ def _points(options: BenchOptions, source: Source) -> tuple[Point, ...]:
     return tuple(Point(share=share, **load, **slo) for share in shares for slo in slos for load in loads)
 
 
-def _source(options: BenchOptions) -> Source:
+def source_of(options: BenchOptions) -> Source:
+    """The requests of the options, before their lengths are scaled to a model."""
     shape = profile(options.branching) if options.branching else None
     if options.trace_path is not None:
         rows = tuple(islice(read_trace(options.trace_path), _MOST_TRACE_ROWS))

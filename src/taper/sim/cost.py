@@ -2,16 +2,20 @@
 
     T = drift(t) * spike * noise * (a + b * pad(rows) + c * context_tokens + d * prefill_tokens)
 
+The noise is lognormal. Part of its variance can last: a machine that is slow now is slow for a while, and then a
+request's mean step is, too.
+
 The controller never sees these coefficients: it is given a predictor (possibly biased) and measurements.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from taper.core.types import StepLoad
+from taper.core.types import Floats, StepLoad
 from taper.sim.hardware import Hardware
 
 
@@ -35,6 +39,7 @@ class StepCost:
         self._duration_s = duration_s
         self._rng = np.random.default_rng((seed, 7, replica))
         self._factors: list[float] = []
+        self._slow = 0.0  # the lasting part of the noise, in sigmas of it
 
     def seconds(self, load: StepLoad, now_s: float) -> float:
         if not self._factors:
@@ -43,7 +48,20 @@ class StepCost:
         return self._machine.seconds(load) * self._factors.pop() * drift
 
     def _draw(self, count: int) -> list[float]:
-        noise = np.exp(self._rng.normal(0.0, self._machine.noise, count))
+        share = self._machine.slow_share
+        log = self._rng.normal(0.0, self._machine.noise * math.sqrt(1 - share), count)
+        if share:
+            log += self._machine.noise * math.sqrt(share) * self._lasting(count)[::-1]  # drawn factors go from the end
+        noise = np.exp(log)
         spiked = self._rng.random(count) < self._disturbance.spike_share
         drawn: list[float] = np.where(spiked, noise * self._disturbance.spike_factor, noise).tolist()
         return drawn
+
+    def _lasting(self, count: int) -> Floats:
+        """The next values of a unit autoregressive process with a memory of `slow_steps`."""
+        kept = math.exp(-1 / self._machine.slow_steps)
+        values = math.sqrt(1 - kept**2) * self._rng.normal(0.0, 1.0, count)
+        for at, fresh in enumerate(values.tolist()):
+            self._slow = kept * self._slow + fresh
+            values[at] = self._slow
+        return values

@@ -27,6 +27,7 @@ class Decision:
     protected: Bools  # (B,)
     prefill_limit_tokens: int | None = None
     externality_s: float = 0.0
+    is_planned: bool = False  # there was something to decide
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,13 +1,21 @@
 """Machines to simulate: the coefficients of the true step cost, and what one engine replica holds.
 
-The shipped ones are derived in docs/simulator.md; any profile that `taper calibrate` wrote is one more.
+The shipped ones are the TOML files beside this module, their origin is in docs/simulator.md; a file of the same form, or
+any profile that `taper calibrate` wrote, is one more.
 """
 
 from __future__ import annotations
 
+import json
+import tomllib
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError, StepLoad
@@ -15,33 +23,47 @@ from taper.profile import load_profile
 
 # vLLM's default decode graphs: 1, 2, 4, then multiples of 8 up to 256, of 16 up to 512.
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
+DEFAULT_GRAPHS = "vllm"  # how a file names them
 UNBOUNDED = 1 << 40
 SLOW_PREFILL_S = 200e-6  # per prompt token
 USUAL_CONTEXT_TOKENS = 1000
-NOMINAL_FILL = 0.76  # nominal requests over a / (b + c * context): of a100x8-qwen3-32b, and about that of cpu-smollm2
+NOMINAL_FILL = 0.76  # nominal requests over a / (b + c * context): of a100x8-qwen3-32b
 MAD_TO_SIGMA = 1.2533  # from the mean absolute deviation of a normal distribution
+
+_Cost = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Coefficients of the law above, and what one engine replica holds."""
+    """Coefficients of the law, what happens beside it, and what one engine replica holds."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: str
-    base_s: float
-    row_s: float
-    context_s: float
-    prefill_s: float
-    knee_rows: float = 0.0
-    steep_s: float = 0.0
-    capture_sizes: tuple[int, ...] = ()
-    max_batched_tokens: int = 2048  # tokens of any kind in one step
-    max_rows: int = 1024  # resident branches, running or deferred
-    kv_tokens: int = 2_000_000
-    noise: float = 0.03  # sigma of the lognormal factor on every step
+    base_s: Annotated[float, Field(gt=0)]
+    row_s: _Cost
+    context_s: _Cost
+    prefill_s: _Cost
+    knee_rows: _Cost = 0.0
+    steep_s: _Cost = 0.0
+    capture_sizes: tuple[_Count, ...] = ()
+    # Time between two steps that no step's own duration contains, and that of a decision where there is one to take.
+    # Zero where the engine schedules a step while the last one runs.
+    host_s: _Cost = 0.0
+    planner_s: _Cost = 0.0
+    turnaround_s: _Cost = 0.0  # from the last token of a request until one that waited for its place is in the engine
+    max_batched_tokens: _Count = 2048  # tokens of any kind in one step
+    max_rows: _Count = 1024  # resident branches, running or deferred
+    kv_tokens: _Count = 2_000_000
+    noise: _Cost = 0.03  # sigma of the lognormal factor on every step
+    slow_share: _Share = 0.0  # of the noise's variance that comes and goes over `slow_steps` steps
+    slow_steps: Annotated[float, Field(gt=0)] = 1.0
     # What scenario files are relative to: a usual number of concurrent requests, and usual lengths.
-    nominal_requests: int = 64
-    prompt_scale: float = 1.0
-    output_scale: float = 1.0
+    nominal_requests: _Count = 64
+    prompt_scale: Annotated[float, Field(gt=0)] = 1.0
+    output_scale: Annotated[float, Field(gt=0)] = 1.0
 
     def seconds(self, load: StepLoad) -> float:
         """The noiseless step time."""
@@ -77,83 +99,70 @@ class Hardware:
             context_s=self.context_s * factor,
             prefill_s=self.prefill_s * factor,
             steep_s=self.steep_s * factor,
+            host_s=self.host_s * factor,
+            planner_s=self.planner_s * factor,
+            turnaround_s=self.turnaround_s * factor,
         )
 
 
-HARDWARE = {
-    spec.name: spec
-    for spec in (
-        Hardware(
-            name="cpu-smollm2",
-            base_s=14e-3,
-            row_s=0.5e-3,
-            context_s=1.7e-6,
-            prefill_s=0.36e-3,
-            max_batched_tokens=256,
-            max_rows=256,
-            kv_tokens=100_000,
-            noise=0.06,
-            nominal_requests=16,
-            prompt_scale=0.05,
-            output_scale=0.2,
-        ),
-        Hardware(
-            name="a100x8-qwen3-32b",
-            base_s=11.2e-3,
-            row_s=100e-6,
-            context_s=33e-9,
-            prefill_s=55e-6,
-            capture_sizes=CUDA_GRAPH_SIZES,
-        ),
-        Hardware(
-            name="h200x8-32b",
-            base_s=6.99e-3,
-            row_s=39.4e-6,
-            context_s=14.3e-9,
-            prefill_s=30e-6,
-            capture_sizes=CUDA_GRAPH_SIZES,
-            kv_tokens=3_500_000,
-        ),
-        Hardware(
-            name="h200x1-qwen3-32b",
-            base_s=19.3e-3,
-            row_s=28e-6,
-            context_s=59e-9,
-            prefill_s=90e-6,
-            knee_rows=128,
-            steep_s=73.5e-6,
-            capture_sizes=CUDA_GRAPH_SIZES,
-            kv_tokens=280_000,
-        ),
-    )
-}
+_MACHINE = TypeAdapter(Hardware)
+
+
+def machines() -> list[str]:
+    """Names of the shipped ones."""
+    folder = resources.files("taper.sim") / "machines"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
 
 
 def hardware(name: str) -> Hardware:
-    """The machine called `name` (a prefix is enough where it is unique), or that of a calibrated profile's file.
+    """The machine called `name` (a prefix is enough where it is unique), that of a .toml file, or that of a calibrated
+    profile's file.
 
     Raises `ConfigError` naming what exists.
     """
+    if name.endswith(".toml"):
+        try:
+            return parse(Path(name).stem, Path(name).read_text("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"hardware {name}: {error.strerror or error}") from error
     if name.endswith(".json") or "/" in name:
         return calibrated(name)
-    matches = [spec for known, spec in HARDWARE.items() if known == name] or [
-        spec for known, spec in HARDWARE.items() if known.startswith(name)
+    matches = [known for known in machines() if known == name] or [
+        known for known in machines() if known.startswith(name)
     ]
     if len(matches) != 1:
-        raise ConfigError(f"hardware must be one of {', '.join(sorted(HARDWARE))}, or a profile's path, not {name!r}")
-    return matches[0]
+        raise ConfigError(
+            f"hardware must be one of {', '.join(machines())}, the path of a .toml file or of a profile, not {name!r}"
+        )
+    return parse(matches[0], (resources.files("taper.sim") / "machines" / f"{matches[0]}.toml").read_text("utf-8"))
+
+
+def parse(name: str, text: str) -> Hardware:
+    """A machine from TOML text: the fields of `Hardware`. Raises `ConfigError` naming the field."""
+    try:
+        table: Mapping[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"hardware {name}: not TOML: {error}") from error
+    if table.get("capture_sizes") == DEFAULT_GRAPHS:
+        table = {**table, "capture_sizes": CUDA_GRAPH_SIZES}
+    try:
+        return _MACHINE.validate_json(json.dumps({"name": name, **table}, default=str))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise ConfigError(f"hardware {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def calibrated(path: str | Path) -> Hardware:
     """A machine with the law and the noise of a `taper calibrate` profile.
 
-    A profile says nothing about KV and row slots: they do not bind. The nominal concurrency is the same share of
-    a / (b + c * context) as on the shipped machines. A machine whose prefill is slow gets the short requests of
-    `cpu-smollm2`: with longer ones a run of thousands of steps would hold only a few.
+    A profile says nothing about KV and row slots: they do not bind; nor about what happens beside the steps: that, and
+    how noise lasts, are taken from the shipped machine that is most like it. The nominal concurrency is the same share of
+    a / (b + c * context) as on the shipped machines. A machine whose prefill is slow is like `cpu-smollm2`, its short
+    requests included: with longer ones a run of thousands of steps would hold only a few.
     """
     profile = load_profile(path)
     law = profile.latency()
-    like = HARDWARE["cpu-smollm2" if law.prefill_s > SLOW_PREFILL_S else "a100x8-qwen3-32b"]
+    like = hardware("cpu-smollm2" if law.prefill_s > SLOW_PREFILL_S else "a100x8-qwen3-32b")
     rows = law.rows_within(NOMINAL_FILL * law.base_s, USUAL_CONTEXT_TOKENS * like.output_scale)
     floor = profile.fit.get("noise_floor")
     return replace(

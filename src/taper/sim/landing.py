@@ -114,7 +114,8 @@ class Landing:
 
     def _finish(self, group: int, active: Active, now_s: float, externality_s: float) -> FinishedRequest:
         spec = active.spec
-        self._queue.slots_taken -= not active.continues
+        if not active.continues:
+            self._queue.leave(now_s)
         tpot_slo_s = float(self.batch.requests[TPOT, group])
         self.trace.records.append(self._record(active, tpot_slo_s, now_s))
         return FinishedRequest(

@@ -136,8 +136,8 @@ class Simulation:
                 self._admit()
             if len(self.batch):
                 self._step(until_s)
-            elif self.queue.next_arrival_s < self._duration_s:
-                self.now_s = min(self.queue.next_arrival_s, until_s)
+            elif self.queue.next_event_s < self._duration_s:
+                self.now_s = min(self.queue.next_event_s, until_s)
             else:
                 return
 
@@ -181,7 +181,7 @@ class Simulation:
 
     def _decide(self) -> Decision:
         batch, machine = self.batch, self._machine
-        if self._is_stock_step():
+        if self._reuse and self._is_stock_step():
             everything = np.ones(len(batch.request), dtype=np.bool_)
             return Decision(run=everything, protected=everything)
         plan = self._controller.decide(
@@ -197,11 +197,11 @@ class Simulation:
             protected=plan.protected,
             prefill_limit_tokens=plan.prefill_limit_tokens,
             externality_s=plan.externality_s,
+            is_planned=not self._is_stock_step(),
         )
 
     def _is_stock_step(self) -> bool:
-        if not self._reuse:
-            return False
+        """Whether there is nothing to decide."""
         if self._controller.policy.is_stock:
             return True
         batch = self.batch
@@ -214,7 +214,7 @@ class Simulation:
             return 1
         steps = rows.steps_left
         if not self._is_composed:
-            return steps if self._is_stock_step() else min(steps, self._hold_steps)
+            return steps if self._reuse and self._is_stock_step() else min(steps, self._hold_steps)
         if rows.rows < len(batch.request):  # not with all branches running
             competing = np.bincount(batch.request[~rows.decode], minlength=len(batch)) > 0
             progress = batch.progress[rows.decode & competing[batch.request]]
@@ -229,7 +229,7 @@ class Simulation:
         most = max(1, min(self._repeats, free // max(1, rows.rows)))
         stop_s = until_s
         if self.now_s < self._duration_s:
-            stop_s = min(stop_s, self.queue.next_arrival_s, self._duration_s)
+            stop_s = min(stop_s, self.queue.next_event_s, self._duration_s)
         for step in range(1, most + 1):
             outcome = self._elapse(rows, decision)
             rows.context_tokens += rows.rows
@@ -241,12 +241,12 @@ class Simulation:
         return step, outcome
 
     def _elapse(self, rows: Rows, decision: Decision) -> StepOutcome:
-        """One step passes: priced, and noted."""
+        """One step passes: priced, and noted. What the host does before it is in nobody's measurement of a step."""
         trace, in_service = self.trace, len(self.batch)
         load = StepLoad(rows=rows.rows, context_tokens=rows.context_tokens, prefill_tokens=rows.prefill_tokens)
         measured_s = self._cost.seconds(load, self.now_s)
         predicted_s = self._controller.latency.predict_load(load)
-        self.now_s += measured_s
+        self.now_s += measured_s + self._machine.host_s + self._machine.planner_s * decision.is_planned
         self._externality_s += decision.externality_s
         trace.end_s.append(self.now_s)
         trace.step_s.append(measured_s)

@@ -31,6 +31,7 @@ class Queue:
         self._submitted: list[Submitted] = []
         self._arrived = 0
         self._waiting: deque[Submitted] = deque()
+        self._leaving_s: deque[float] = deque()  # when places of ended requests can be taken again
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -44,6 +45,12 @@ class Queue:
     @property
     def next_arrival_s(self) -> float:
         return self._submitted[self._arrived].spec.arrival_s if self.coming else math.inf
+
+    @property
+    def next_event_s(self) -> float:
+        """When somebody arrives, or a place comes free that somebody waits for."""
+        free_s = self._leaving_s[0] if self._waiting and self._leaving_s else math.inf
+        return min(self.next_arrival_s, free_s)
 
     @property
     def first(self) -> Submitted | None:
@@ -65,7 +72,10 @@ class Queue:
         self._submitted.append(Submitted(spec=request, held_tokens=held_tokens, continues=continues))
 
     def arrive(self, now_s: float) -> bool:
-        """Let in who has come by now; whether anybody has."""
+        """Let in who has come by now, and free the places that can be taken again; whether anybody has come."""
+        while self._leaving_s and self._leaving_s[0] <= now_s:
+            self._leaving_s.popleft()
+            self.slots_taken -= 1
         before = self._arrived
         while self.next_arrival_s <= now_s:
             self._line_up(self._submitted[self._arrived])
@@ -75,6 +85,13 @@ class Queue:
     def enter(self) -> None:
         """The first one goes into service."""
         self.slots_taken += not self._waiting.popleft().continues
+
+    def leave(self, now_s: float) -> None:
+        """A request has ended; the next one needs the machine's turnaround to take its place."""
+        if self._machine.turnaround_s:
+            self._leaving_s.append(now_s + self._machine.turnaround_s)
+        else:
+            self.slots_taken -= 1
 
     def withdraw(self, stays: Callable[[Request], bool] | None) -> int:
         """Forget those that wait, all of them or those that do not stay; returns how many."""

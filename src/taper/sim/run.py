@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 from taper.core.controller import Controller
+from taper.core.latency import LinearLatency
 from taper.core.policies import Policy, resolve
 from taper.core.types import Knobs
 from taper.goodput import Window
@@ -34,6 +35,7 @@ class Case:
     knobs: Knobs = field(default_factory=Knobs)
     hold_steps: int = 1
     fleet: Fleet = field(default_factory=Fleet)
+    law: LinearLatency | None = None  # what the controller starts from; None: the machine's own
 
 
 def policy_named(name: str) -> Policy:
@@ -41,10 +43,11 @@ def policy_named(name: str) -> Policy:
     return resolve(name, ABLATIONS)
 
 
-def simulate(case: Case) -> Trace:
+def simulate(case: Case, *, draw: int = 0) -> Trace:
+    """`draw`: another noise on the same requests."""
     scenario, machine = case.scenario, case.machine
     setting = settle(scenario, machine)
-    replica = build(case, setting)
+    replica = build(case, setting, replica=draw)
     for request in scenario.source_on(machine).requests(
         seed=case.seed, rate_rps=setting.rate_per_s, horizon_s=setting.duration_s
     ):
@@ -57,7 +60,7 @@ def build(case: Case, setting: Setting, *, replica: int = 0, is_endless: bool = 
     scenario, machine = case.scenario, case.machine
     return Simulation(
         controller=Controller(
-            latency=machine.predictor(scenario.bias), policy=policy_named(case.policy), knobs=case.knobs
+            latency=case.law or machine.predictor(scenario.bias), policy=policy_named(case.policy), knobs=case.knobs
         ),
         machine=machine,
         cost=StepCost(machine, scenario.disturbance, duration_s=setting.duration_s, seed=case.seed, replica=replica),
