@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from taper.bench.driver import WindowPlan
 from taper.benchmark import BenchOptions, without_secrets
 from taper.cli import cli
 from taper.core.types import ConfigError
 from taper.records import request_file
 from taper.results import read_runs
+from taper.workload import Arrivals
 from tests.bench.server import FakeEngine, serving
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
@@ -83,6 +85,25 @@ def test_a_trace_and_a_mix_do_not_go_together(tmp_path: Path) -> None:
 def test_secrets_are_no_settings(tmp_path: Path) -> None:
     options = BenchOptions(out=tmp_path, url="http://x", control_token="hidden", api_key="hidden")
     assert "hidden" not in json.dumps(options.settings())
+
+
+def test_options_come_back_from_the_settings_that_were_kept(tmp_path: Path) -> None:
+    options = BenchOptions(
+        out=tmp_path,
+        trace_path=tmp_path / "trace.csv",
+        plan=WindowPlan(ramp_s=1.0, measure_s=2.0, drain_s=3.0),
+        arrivals=Arrivals(cv=2.0),
+        shares=[0.2, 0.4],
+        policies=["off"],
+        loads=[1.0],
+        slos=[0.6],
+        vllm_args=[],
+    )
+    kept = json.loads(json.dumps(options.settings()))
+    assert BenchOptions.of_settings(kept, out=tmp_path) == options
+    for changed in ({**kept, "later": 1}, {key: value for key, value in kept.items() if key != "plan"}):
+        with pytest.raises(ConfigError, match="settings of another version"):
+            BenchOptions.of_settings(changed, out=tmp_path)
 
 
 def test_secrets_are_not_kept_with_the_command() -> None:

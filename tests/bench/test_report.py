@@ -82,6 +82,30 @@ def test_medians_have_their_range_and_leave_rejected_runs_out(folder: Path) -> N
     assert row["tpot_p95_s"] is None
 
 
+def test_a_point_that_was_measured_and_simulated_is_a_pair() -> None:
+    made = [run("taper", 2.0, 0, goodput, hardware="cpu", rate_rps=4.0, window="") for goodput in (190.0, 200.0, 220.0)]
+    met = [run("taper", 2.0, at, goodput, rate_rps=4.0) for at, goodput in enumerate((210.0, 212.0, 230.0))]
+    other = [run("off", 2.0, 0, 100.0, rate_rps=4.0), run("taper", 1.0, 0, 90.0, rate_rps=2.0)]
+    evidence = ev.Evidence(runs=(*met, *made, *other), folders=())
+    assert ev.pairs(evidence) == [
+        {
+            "policy": "taper", "load": 2.0, "share": 0.4, "goodput_tok_s_measured": 212.0,
+            "goodput_tok_s_simulated": 200.0, "attainment_measured": 0.9, "attainment_simulated": 0.9,
+        }
+    ]  # fmt: skip
+    assert ev.pairs(ev.Evidence(runs=tuple(RUNS), folders=())) == []
+
+
+def test_measured_and_simulated_are_drawn_against_each_other() -> None:
+    pytest.importorskip("altair")
+    from taper.bench.charts import figures
+
+    made = tuple(replace(one, conditions=replace(one.conditions, hardware="cpu", window="")) for one in RUNS)
+    drawn = {figure.name: figure.chart.to_dict() for figure in figures(ev.Evidence(runs=(*RUNS, *made), folders=()))}
+    assert list(drawn) == ["goodput", "attainment", "raw", "misses", "validation"]
+    assert len(drawn["validation"]["hconcat"]) == 2
+
+
 def test_misses_are_shares_of_the_judged(folder: Path) -> None:
     rows = [row for row in ev.misses(ev.gather([folder])) if (row["policy"], row["load"]) == ("off", 0.5)]
     assert [(row["cause"], row["share"]) for row in rows] == [("error", 0.2), ("ttft", 0.0), ("tpot", 0.1)]
@@ -156,4 +180,7 @@ def test_scenarios_without_a_common_load_are_drawn_as_bars(tmp_path: Path) -> No
     evidence = ev.Evidence(runs=runs, folders=())
     drawn = {figure.name: figure.chart.to_dict() for figure in figures(evidence)}
     assert list(drawn) == ["goodput", "attainment", "raw", "misses"]
-    assert drawn["goodput"]["layer"][0]["mark"]["type"] == "bar"
+    bars = drawn["goodput"]["layer"][0]
+    assert bars["mark"]["type"] == "bar"
+    assert (bars["encoding"]["x"]["axis"]["labelLimit"], bars["encoding"]["x"]["axis"]["labelAngle"]) == (0, 0)
+    assert drawn["goodput"]["width"] >= 125 * 2  # a name's longest part fits under its bars

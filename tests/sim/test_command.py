@@ -9,7 +9,7 @@ from taper.core.types import ConfigError
 from taper.results import read_runs
 from taper.sim import scenario as scenarios
 from taper.sim.command import COLUMNS, Options, cases_of, fleets_of, table_of
-from taper.sim.hardware import HARDWARE
+from taper.sim.hardware import hardware
 from taper.sim.scenario import settle
 from taper.workload import contended
 
@@ -48,7 +48,7 @@ def test_lists_multiply() -> None:
 def test_contended_is_the_bench_s_regime_for_the_hardware() -> None:
     options = Options(scenarios="contended", hardware="cpu-smollm2", loads="0.5", shares="0.4", seeds=1, policies="off")
     ((case,),) = cases_of(options)
-    regime = contended(HARDWARE["cpu-smollm2"].predictor(), load=1.0)
+    regime = contended(hardware("cpu-smollm2").predictor(), load=1.0)
     setting = settle(case.scenario, case.machine)
     assert (setting.rate_per_s, setting.slo) == (regime.rate_rps, regime.slo)
     assert case.scenario.engine_on(case.machine).max_requests == regime.max_concurrency

@@ -8,7 +8,7 @@ from taper.core.controller import Controller
 from taper.core.types import ConfigError, Knobs, Slo
 from taper.sim.cost import Disturbance, StepCost
 from taper.sim.fleet import Fleet, FleetSimulation
-from taper.sim.hardware import HARDWARE, Hardware
+from taper.sim.hardware import Hardware, hardware
 from taper.sim.loop import Engine, Simulation
 from taper.sim.routers import ROUTERS, Router, check_router
 from taper.sim.run import Case, build_fleet, policy_named, simulate
@@ -111,7 +111,7 @@ def test_load_stops_and_spread_requests_in_service_go_on_to_their_end() -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_fleet_of_one_is_the_engine_alone(router: str) -> None:
     scenario = replace(load("saturated"), duration_steps=300, join_prefill=False)
-    machine = HARDWARE["a100x8-qwen3-32b"]
+    machine = hardware("a100x8-qwen3-32b")
     case = Case(scenario=scenario, machine=machine, policy="taper", seed=1, fleet=Fleet(replicas=1, router=router))
     setting = settle(scenario, machine)
     alone, together = simulate(case).records, build_fleet(case, setting).run()

@@ -210,3 +210,28 @@ def test_a_request_whose_new_branch_finds_no_room_goes_on_with_one_it_has() -> N
     trace = run(request((40, 40)), request((40, 40)), policy="off", machine=full)
     assert list(trace.rows[:40]) == [0] + 39 * [2]  # both first branches to their end, past the quantum of 16
     assert sum(r.tokens for r in trace.records) == 160
+
+
+def test_what_the_host_does_between_steps_is_in_no_step() -> None:
+    trace = run(request((3,)), machine=replace(MACHINE, host_s=0.5))
+    assert list(trace.step_s) == [18.0, 11.0, 11.0]
+    assert list(trace.end_s) == [18.5, 30.0, 41.5]
+
+
+def test_planning_takes_time_only_where_there_is_something_to_decide() -> None:
+    slow = replace(MACHINE, planner_s=2.0)
+    serial = run(request((3,)), policy="off", machine=slow)
+    assert list(serial.end_s) == [20.0, 31.0, 42.0]  # while its prompt is computed
+    eager = run(request((3, 3)), policy="eager", machine=slow)
+    assert eager.end_s[-1] == sum(eager.step_s)
+    off = run(request((3, 3)), policy="off", machine=slow)
+    assert off.end_s[-1] == sum(off.step_s) + 2.0 * len(off.step_s)
+
+
+def test_a_place_is_empty_until_the_next_request_is_in_the_engine() -> None:
+    two = (request((2,)), request((2,), at=1.0))
+    machine = replace(MACHINE, turnaround_s=4.0)
+    first, second = run(*two, machine=machine, engine=Engine(max_requests=1)).records
+    assert (first.ended_s, second.sent_s) == (29.0, 33.0)
+    late = (request((2,)), request((2,), at=50.0))  # nobody waited: it is there at once
+    assert run(*late, machine=machine, engine=Engine(max_requests=1)).records[1].sent_s == 50.0

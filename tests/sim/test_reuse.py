@@ -9,13 +9,13 @@ import pytest
 from taper.core.controller import Controller
 from taper.core.types import Knobs
 from taper.sim.cost import Disturbance, StepCost
-from taper.sim.hardware import HARDWARE
+from taper.sim.hardware import hardware
 from taper.sim.loop import Engine, Simulation
 from taper.sim.run import policy_named
 from taper.sim.scenario import load, settle
 from taper.sim.trace import Trace
 
-MACHINE = replace(HARDWARE["a100x8-qwen3-32b"], kv_tokens=40_000)
+MACHINE = replace(hardware("a100x8-qwen3-32b"), kv_tokens=40_000)
 NAMES = ("records", "end_s", "rows", "deferred", "emitted", "followed", "gap_s", "gap_step", "preemptions")
 
 

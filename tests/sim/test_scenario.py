@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from taper.core.types import ConfigError
-from taper.sim.hardware import HARDWARE, Hardware
+from taper.sim.hardware import Hardware, hardware, machines
 from taper.sim.run import Case, run, run_all
 from taper.sim.scenario import load, names, operating_points, parse, settle
 from taper.workload import Demand
@@ -49,7 +49,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", names())
-@pytest.mark.parametrize("machine", HARDWARE.values(), ids=lambda machine: machine.name)
+@pytest.mark.parametrize("machine", map(hardware, machines()), ids=lambda machine: machine.name)
 def test_every_shipped_scenario_settles_on_every_hardware(name: str, machine: Hardware, trace: Path) -> None:
     setting = settle(load(name, trace=trace), machine)
     assert 0 < setting.off.step_s < setting.eager.step_s
@@ -91,7 +91,7 @@ def test_an_unknown_scenario_names_the_known() -> None:
 
 def test_the_same_case_gives_the_same_bytes_in_one_process_or_several() -> None:
     cases = [
-        Case(scenario=parse("short", SHORT), machine=HARDWARE["a100x8-qwen3-32b"], policy=policy, seed=seed)
+        Case(scenario=parse("short", SHORT), machine=hardware("a100x8-qwen3-32b"), policy=policy, seed=seed)
         for policy in ("off", "taper")
         for seed in (0, 1)
     ]
@@ -102,7 +102,7 @@ def test_the_same_case_gives_the_same_bytes_in_one_process_or_several() -> None:
 
 
 def test_off_never_runs_more_rows_than_requests() -> None:
-    engine = run(Case(scenario=parse("s", SHORT), machine=HARDWARE["cpu-smollm2"], policy="off", seed=0)).engine
+    engine = run(Case(scenario=parse("s", SHORT), machine=hardware("cpu-smollm2"), policy="off", seed=0)).engine
     assert engine.rows_mean is not None
     assert engine.requests_mean is not None
     assert engine.rows_mean <= engine.requests_mean

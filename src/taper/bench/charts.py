@@ -21,6 +21,9 @@ _KINDS = ("protected", "extra", "deferred")
 _WIDTH, _HEIGHT = 420, 260
 _MOST_COLUMNS = 2
 _GREY = "#444"
+_LINES = "split(datum.label, ', ')"  # the parts of a panel's name, one below the other: side by side they are cut
+_PANEL_WIDTH = 125  # of the longest part
+_TOLERANCE = 0.1  # of simulated against measured figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,14 @@ def figures(evidence: Evidence) -> Iterator[Figure]:
         caption="Share of the judged requests that missed, by the first cause that applies.",
         chart=_misses(ev.misses(evidence), order, axis if swept else None),
     )
+    if pairs := ev.pairs(evidence):
+        yield Figure(
+            name="validation",
+            title="Simulated against measured",
+            caption="Medians over rounds, one dot per load, share and policy; on the line the simulator was right, in"
+            " the band within 10 %.",
+            chart=_validation(pairs, order),
+        )
     where, windows = ev.busiest(evidence)
     if windows and (spread := ev.distributions(evidence, windows)):
         yield Figure(
@@ -152,13 +163,17 @@ def _against_load(
         layers.insert(0, _rule(y=alt.datum(goal)))
     layered = alt.layer(*layers).properties(width=_WIDTH, height=_HEIGHT).add_params(chosen)
     columns = min(_MOST_COLUMNS, len({row["panel"] for row in rows}))
-    return layered.facet(facet=alt.Facet("panel:N", title=None), columns=columns, data=_data(rows))
+    return layered.facet(facet=_panels(), columns=columns, data=_data(rows))
+
+
+def _panels() -> alt.Facet:
+    return alt.Facet("panel:N", title=None, header=alt.Header(labelExpr=_LINES, labelLimit=0))
 
 
 def _by_panel(rows: Sequence[Row], order: Sequence[str], axis: str, name: str, title: str, goal: float | None) -> Any:
     chosen, format_ = _legend_choice(), _number(name)
     base = alt.Chart().encode(
-        x=alt.X("panel:N", title=None, axis=alt.Axis(labelAngle=-35, labelLimit=260)),
+        x=alt.X("panel:N", title=None, axis=alt.Axis(labelAngle=0, labelExpr=_LINES, labelLimit=0)),
         xOffset=alt.XOffset("policy:N", sort=list(order)),
         opacity=_dimmed(chosen),
     )
@@ -170,7 +185,7 @@ def _by_panel(rows: Sequence[Row], order: Sequence[str], axis: str, name: str, t
     ]
     if goal is not None:
         layers.append(_rule(y=alt.datum(goal)))
-    width = max(_WIDTH, 18 * len(rows) + 60)
+    width = max(_WIDTH, 18 * len(rows) + 60, _PANEL_WIDTH * len({row["panel"] for row in rows}))
     layered = alt.layer(*layers, data=_data(rows)).properties(width=width, height=_HEIGHT)
     return layered.add_params(chosen)
 
@@ -198,9 +213,41 @@ def _misses(rows: Sequence[Row], order: Sequence[str], axis: str | None) -> Any:
         .properties(width=max(90, 24 * len(order)), height=150)
     )
     if axis is None:
-        return chart.facet(facet=alt.Facet("panel:N", title=None), columns=2 * _MOST_COLUMNS)
+        return chart.facet(facet=_panels(), columns=2 * _MOST_COLUMNS)
     load = alt.Column("load:O", title=axis, header=alt.Header(format="~g"))
-    return chart.encode(column=load, row=alt.Row("panel:N", title=None))
+    beside = alt.Header(labelExpr=_LINES, labelLimit=0, labelAngle=0, labelAlign="left")
+    return chart.encode(column=load, row=alt.Row("panel:N", title=None, header=beside))
+
+
+def _validation(rows: Sequence[Row], order: Sequence[str]) -> Any:
+    chosen = _legend_choice()
+
+    def one(name: str, title: str) -> Any:
+        measured, simulated = f"{name}_measured", f"{name}_simulated"
+        most = 1.05 * max(max(row[measured], row[simulated]) for row in rows)
+        ends = [{"at": at, "low": at * (1 - _TOLERANCE), "high": at * (1 + _TOLERANCE)} for at in (0.0, most)]
+        line = alt.Chart(_data(ends)).encode(x="at:Q")
+        scale, number = alt.Scale(domain=[0, most]), alt.Axis(format=_number(name))
+        dots = (
+            alt.Chart(_data(rows))
+            .mark_point(filled=True, size=55, clip=True)
+            .encode(
+                x=alt.X(f"{measured}:Q", title=f"{title}, measured", scale=scale, axis=number),
+                y=alt.Y(f"{simulated}:Q", title=f"{title}, simulated", scale=scale, axis=number),
+                color=_colour(order),
+                opacity=_dimmed(chosen),
+                tooltip=[
+                    *(alt.Tooltip(field, format="~g") for field in ("load:Q", "share:Q")),
+                    alt.Tooltip("policy:N"),
+                    *(alt.Tooltip(f"{field}:Q", format=_number(name)) for field in (measured, simulated)),
+                ],
+            )
+        )
+        band = line.mark_area(color="#ddd", clip=True).encode(y="low:Q", y2="high:Q")
+        diagonal = line.mark_line(color=_GREY, strokeDash=[6, 4]).encode(y="at:Q")
+        return alt.layer(band, diagonal, dots).properties(width=_WIDTH - 60, height=_WIDTH - 60)
+
+    return alt.hconcat(one("goodput_tok_s", "goodput, tokens/s").add_params(chosen), one("attainment", "attainment"))
 
 
 def _distributions(rows: Sequence[Row], order: Sequence[str], slo_s: float | None) -> Any:

@@ -100,6 +100,27 @@ def medians(evidence: Evidence) -> list[Row]:
     return rows
 
 
+def pairs(evidence: Evidence) -> list[Row]:
+    """A row per load, share, SLO and policy that was both measured and simulated: medians over the rounds of both."""
+    groups: dict[tuple[Any, ...], dict[str, list[Run]]] = {}
+    for run in evidence.accepted:
+        at = run.conditions
+        key = (at.share, at.rate_rps, at.slo_tpot_s, at.concurrency, at.policy)
+        side = "measured" if at.hardware is None else "simulated"
+        groups.setdefault(key, {"measured": [], "simulated": []})[side].append(run)
+    rows: list[Row] = []
+    for sides in groups.values():
+        if sides["measured"] and sides["simulated"]:
+            at = sides["measured"][0].conditions
+            row: Row = {"policy": at.policy, "load": at.load, "share": at.share}
+            for name in ("goodput_tok_s", "attainment"):
+                for side, runs in sides.items():
+                    over = spread(_value(run, name) for run in runs)
+                    row[f"{name}_{side}"] = over.median if over else 0.0
+            rows.append(row)
+    return rows
+
+
 def misses(evidence: Evidence) -> list[Row]:
     """A row per panel, load, policy and cause: share of the judged requests that missed for it."""
     axis, _ = abscissa(evidence.accepted)

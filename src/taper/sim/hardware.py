@@ -1,7 +1,7 @@
 """Machines to simulate: the coefficients of the true step cost, and what one engine replica holds.
 
-The shipped ones are the TOML files beside this module, their origin is in docs/simulator.md; a file of the same form, or
-any profile that `taper calibrate` wrote, is one more.
+The shipped ones are the TOML files in `machines`, their origin is in docs/simulator.md; a file of the same form, or any
+profile that `taper calibrate` wrote, is one more.
 """
 
 from __future__ import annotations
@@ -156,9 +156,9 @@ def calibrated(path: str | Path) -> Hardware:
     """A machine with the law and the noise of a `taper calibrate` profile.
 
     A profile says nothing about KV and row slots: they do not bind; nor about what happens beside the steps: that, and
-    how noise lasts, are taken from the shipped machine that is most like it. The nominal concurrency is the same share of
-    a / (b + c * context) as on the shipped machines. A machine whose prefill is slow is like `cpu-smollm2`, its short
-    requests included: with longer ones a run of thousands of steps would hold only a few.
+    how noise lasts, are taken from the shipped machine that is most like it. The nominal concurrency is the same share
+    of a / (b + c * context) as on the shipped machines. A machine whose prefill is slow is like `cpu-smollm2`, its
+    short requests included: with longer ones a run of thousands of steps would hold only a few.
     """
     profile = load_profile(path)
     law = profile.latency()
