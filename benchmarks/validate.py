@@ -4,7 +4,9 @@
 
 MEASURED are output folders of `taper bench`, or results files that keep its settings (results/engine/loads.json).
 Requests, arrivals, SLO, bound on requests in service and windows are the measured ones; the machine is --hardware, and
-its controller starts from the bench's calibration, as the engine's did. Printed are medians over the rounds, per point
+its controller starts from the bench's calibration, as the engine's did. A machine that others share is not equally fast
+in every window: with --paced, which needs folders with steps, the simulated machine is in each as fast as the window's
+steps say, so that what is left is the simulator's own error. Printed are medians over the rounds, per point
 and policy. SIMULATED has the schema of MEASURED: `taper report MEASURED... SIMULATED.json` draws one against the other.
 """
 
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from taper.benchmark import BenchOptions, Resolved, source_of
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError, Slo
 from taper.profile import parse_profile
+from taper.records import step_file
 from taper.results import Run, document, read_runs
 from taper.sim.hardware import Hardware, hardware
 from taper.sim.run import Case, simulate, window_of
@@ -42,15 +46,28 @@ class Sweep:
     options: BenchOptions
     source: Source
     law: LinearLatency  # the controller's, to start with
+    pace: Mapping[str, float]  # window -> how much slower than the machine's law its steps were
 
 
-def read(path: Path, trace: Path | None) -> Sweep:
+def paces(path: Path, law: LinearLatency) -> dict[str, float]:
+    """Geometric mean of measured / predicted over the clean steps of each window."""
+    logs: dict[str, list[float]] = {}
+    for step in step_file().read(path / "steps.jsonl"):
+        if step.ending == "clean" and step.measured_s:
+            predicted_s = law.predict(step.rows, step.context_tokens, step.prefill_tokens)
+            logs.setdefault(step.window, []).append(math.log(step.measured_s / predicted_s))
+    return {window: math.exp(statistics.fmean(values)) for window, values in logs.items()}
+
+
+def read(path: Path, *, trace: Path | None, paced_by: LinearLatency | None) -> Sweep:
     """Raises ConfigError for a sweep that does not say how it was made, or judged TTFT."""
     runs = read_runs(path / "runs.json" if path.is_dir() else path)
     about: dict[str, Any] = json.loads((path / "meta.json" if path.is_dir() else path).read_text("utf-8"))
     if missing := [key for key in ABOUT if not about.get(key)]:
         raise ConfigError(f"{path}: has no {missing[0]}: not a bench of a TAPER server with a calibration")
     options = BenchOptions.of_settings(about["settings"], out=path)
+    if paced_by and not (path / "steps.jsonl").exists():
+        raise ConfigError(f"{path}: --paced needs an output folder of taper bench --steps")
     if options.trace_path and trace:
         options = replace(options, trace_path=trace)
     if options.ttft_slo_s is not None:
@@ -60,6 +77,7 @@ def read(path: Path, trace: Path | None) -> Sweep:
         options=options,
         source=Resolved(**about["resolved"]).of(source_of(options)),
         law=parse_profile(about["profile"], where=f"{path}: profile").latency(),
+        pace=paces(path, paced_by) if paced_by else {},
     )
 
 
@@ -76,13 +94,14 @@ def case_of(run: Run, sweep: Sweep, machine: Hardware) -> Case:
     scenario = of_regime(
         regime, load=conditions.load or 1.0, duration_s=plan.load_s, warm_share=plan.ramp_s / plan.load_s
     )
+    machine = machine.scaled(sweep.pace.get(conditions.window, 1.0))
     return Case(scenario=scenario, machine=machine, policy=run.policy, seed=conditions.seed, law=sweep.law)
 
 
 def simulated(run: Run, sweep: Sweep, machine: Hardware, draws: int) -> Iterator[Run]:
     """The window, under several draws of the noise."""
     case = case_of(run, sweep, machine)
-    window = window_of(case, settle(case.scenario, machine))
+    window = window_of(case, settle(case.scenario, case.machine))
     conditions = replace(run.conditions, hardware=machine.name, window="", attempt=0, bound_tok_s=None)
     for draw in range(draws):
         trace = simulate(case, draw=draw)
@@ -123,11 +142,13 @@ def main() -> None:
     parser.add_argument("measured", type=Path, nargs="+", metavar="MEASURED")
     parser.add_argument("--hardware", default="cpu-smollm2")
     parser.add_argument("--trace", type=Path, help="the file of a replay, where it lies elsewhere now")
+    parser.add_argument("--paced", action="store_true")
     parser.add_argument("--draws", type=int, default=3, help="of the noise, per window")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine = hardware(options.hardware)
-    sweeps = [read(path, options.trace) for path in options.measured]
+    law = machine.predictor() if options.paced else None
+    sweeps = [read(path, trace=options.trace, paced_by=law) for path in options.measured]
     measured = [run for sweep in sweeps for run in sweep.runs]
     made = [one for sweep in sweeps for run in sweep.runs for one in simulated(run, sweep, machine, options.draws)]
     lines, off = table(measured, made)

@@ -49,7 +49,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", names())
-@pytest.mark.parametrize("machine", map(hardware, machines()), ids=lambda machine: machine.name)
+@pytest.mark.parametrize("machine", [hardware(name) for name in machines()], ids=lambda machine: machine.name)
 def test_every_shipped_scenario_settles_on_every_hardware(name: str, machine: Hardware, trace: Path) -> None:
     setting = settle(load(name, trace=trace), machine)
     assert 0 < setting.off.step_s < setting.eager.step_s

@@ -224,10 +224,10 @@ def _validation(rows: Sequence[Row], order: Sequence[str]) -> Any:
 
     def one(name: str, title: str) -> Any:
         measured, simulated = f"{name}_measured", f"{name}_simulated"
-        most = 1.05 * max(max(row[measured], row[simulated]) for row in rows)
+        most = 1.0 if name == "attainment" else 1.05 * max(max(row[measured], row[simulated]) for row in rows)
         ends = [{"at": at, "low": at * (1 - _TOLERANCE), "high": at * (1 + _TOLERANCE)} for at in (0.0, most)]
         line = alt.Chart(_data(ends)).encode(x="at:Q")
-        scale, number = alt.Scale(domain=[0, most]), alt.Axis(format=_number(name))
+        scale, number = alt.Scale(domain=[0, most], nice=False), alt.Axis(format=_number(name))
         dots = (
             alt.Chart(_data(rows))
             .mark_point(filled=True, size=55, clip=True)
