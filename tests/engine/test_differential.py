@@ -68,7 +68,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "seeded": completion(**SAMPLED),
     "seeded, n": completion(n=4, **SAMPLED),
     "seeded chat, n": chat(n=5, max_tokens=24, **SAMPLED),
-    "greedy, n": completion(n=3),
+    "greedy, n": completion(n=3),  # refused: it would give the same thing three times
     "wide": completion(n=16, max_tokens=20, ignore_eos=True, **SAMPLED),
     "top p and k": completion(top_p=0.7, top_k=20, **SAMPLED),
     "min p": completion(min_p=0.1, **SAMPLED),
@@ -87,7 +87,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "logprobs, n": completion(logprobs=2, n=3, **SAMPLED),
     "chat logprobs": chat(logprobs=True, top_logprobs=3),
     "prompt logprobs": completion(prompt_logprobs=2),
-    "ids back": completion(return_token_ids=True, n=2),
+    "ids back": completion(return_token_ids=True, n=2, **SAMPLED),
     "stream": completion(**USAGE),
     "stream, n": chat(n=4, **USAGE, **SAMPLED),
     "stream with logprobs": chat(logprobs=True, top_logprobs=2, **USAGE),
@@ -112,7 +112,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     ),
     "priority": completion(priority=3),
     "cached prefix": completion(prompt=STORY * 20),
-    "cached prefix again": completion(prompt=STORY * 20, n=3),
+    "cached prefix again": completion(prompt=STORY * 20, n=3, **SAMPLED),
     "chunks": completion(prompt="word " * 900, max_tokens=4),
     "too long": completion(prompt="word " * 3000),
     "nonsense temperature": completion(temperature=-1),
@@ -125,7 +125,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "pause": ("/pause", {}),
     "is paused": ("/is_paused", None),
     "resume": ("/resume", {}),
-    "after the pause": completion(n=2),
+    "after the pause": completion(n=2, **SAMPLED),
 }
 
 
@@ -197,7 +197,14 @@ def test_the_list_is_worth_its_name(answers: Any) -> None:
     stock, _, state = answers
     assert len(REQUESTS) >= 40
     refused = {name for name, one in stock.items() if one["status"] != 200}
-    assert refused == {"too long", "nonsense temperature", "no branches", "no such model", "broken schema"}
+    assert refused == {
+        "greedy, n",
+        "too long",
+        "nonsense temperature",
+        "no branches",
+        "no such model",
+        "broken schema",
+    }
     assert state["window"]["deferred_row_steps"] > 0
     assert state["totals"]["fallbacks"] == 0
 
