@@ -10,4 +10,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VLLM=${1:-}
 scripts/setup.sh || exit 3
+export COLUMNS=200 # pytest cuts what moved off at the edge of the screen
 ".venv${VLLM:+-$VLLM}/bin/python" -m pytest --tb=no -rfE tests/vllm/test_contract.py tests/vllm/test_behaviour.py
