@@ -38,12 +38,15 @@ def _nobody_is_hopeless(credit, tpot_slo_s, live, remaining, baseline_s):
     return np.zeros(len(credit), dtype=np.bool_)
 
 
-def _no_prefill_limit(view, predict, knobs, room_s):
+def _no_prefill_limit(view, predict, knobs, *, decode_s, limit_s):
     return view.max_prefill_tokens
 
 
-def _debt_over_the_horizon(view, *, knobs, mean_output_tokens):
-    return np.zeros(len(view.tokens))
+_ALLOWED_S = slack.allowed_s
+
+
+def _debt_over_the_horizon(view, credit, live, *, knobs, margin, mean_path_tokens):
+    return _ALLOWED_S(view, credit, live, knobs=knobs, margin=margin, mean_path_tokens=0.0)
 
 
 BASE = Knobs()
@@ -55,7 +58,7 @@ VARIANTS = {
     "margin feedback": Variant(replace(BASE, margin_gain=0.0)),
     "predictor correction": Variant(replace(BASE, correction_rate=0.0)),
     "pacing (H = 1)": Variant(replace(BASE, horizon_steps=1)),
-    "debt over the life left": Variant(replaced={"slack.remaining_tokens": _debt_over_the_horizon}),
+    "debt over a life": Variant(replaced={"slack.allowed_s": _debt_over_the_horizon}),
     "bank (4096 SLOs)": Variant(replace(BASE, bank_slos=4096)),
     "margin (0)": Variant(replace(BASE, margin=0.0)),
     "quantum (1)": Variant(replace(BASE, quantum_tokens=1)),

@@ -37,7 +37,12 @@ from taper.engines.vllm.drive import Driver
 from taper.engines.vllm.grid import Visit
 from taper.engines.vllm.launch import Server, exit_on_sigterm
 
-COMPILATION = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # no compiler: the start takes a minute less
+# Neither needs a compiler on the machine. With "prompts" steps that carry prompt tokens are captured as well, piece by
+# piece, and not launched kernel by kernel; the start takes longer.
+GRAPHS = {
+    "decode": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    "prompts": {"mode": 3, "backend": "eager", "cudagraph_mode": "FULL_AND_PIECEWISE"},
+}
 SERVER_ARGS = (
     "--load-format=dummy",
     "--max-model-len=8448",
@@ -45,7 +50,6 @@ SERVER_ARGS = (
     "--max-num-batched-tokens=1024",
     "--gpu-memory-utilization=0.93",
     "--stream-interval=4",  # four tokens per event: 512 streams would keep the HTTP process busy with less
-    "--compilation-config=" + json.dumps(COMPILATION),
 )
 STAIRCASE_ROWS = (60, 62, 64, 66, 68, 72, 124, 128, 130, 136, 252, 256, 258, 264, 272)
 STAIRCASE_CONTEXT_TOKENS = 256
@@ -149,6 +153,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", default="surface,staircase,policies")
+    parser.add_argument("--graphs", choices=GRAPHS, default="decode", help="which steps are captured")
     parser.add_argument("--surface-s", type=float, default=100.0, help="time for the surface")
     parser.add_argument("--policies", default="off,cap:2,cap:5,eager,taper")
     parser.add_argument("--policies-s", type=float, default=330.0, help="time for the sweep; what is cut short stays")
@@ -162,7 +167,8 @@ def main() -> None:
     parts = options.parts.split(",")
     start_s = time.monotonic()
     config = ServerConfig(slo=Slo(tpot_s=0.05))
-    with Server(str(options.model), SERVER_ARGS, config=config, log=options.out / "server.log") as server:
+    arguments = (*SERVER_ARGS, "--compilation-config=" + json.dumps(GRAPHS[options.graphs]))
+    with Server(str(options.model), arguments, config=config, log=options.out / "server.log") as server:
         print(f"server ready after {time.monotonic() - start_s:.0f} s", flush=True)
         (options.out / "about.json").write_text(json.dumps(about(options.model, server), indent=1))
         if "surface" in parts:

@@ -21,7 +21,7 @@ def outcome(measured_s, load=DECODE, ending=Ending.CLEAN, finished=(), requests=
     return StepOutcome(load=load, requests=requests, measured_s=measured_s, ending=ending, finished=tuple(finished))
 
 
-def finished(residence_s, externality_s=0.0, tokens=101, serial_tokens=None, critical=None):
+def finished(residence_s, externality_s=0.0, tokens=101, serial_tokens=None, critical=None, tpot_slo_s=0.05):
     serial_tokens = tokens if serial_tokens is None else serial_tokens
     return FinishedRequest(
         tokens=tokens,
@@ -29,7 +29,7 @@ def finished(residence_s, externality_s=0.0, tokens=101, serial_tokens=None, cri
         critical_path_tokens=serial_tokens if critical is None else critical,
         residence_s=residence_s,
         externality_s=externality_s,
-        tpot_slo_s=0.05,
+        tpot_slo_s=tpot_slo_s,
     )
 
 
@@ -111,6 +111,28 @@ def test_a_floor_where_only_wide_steps_keep_the_slo():
     off = controller(throughput_floor=0)
     off.observe(outcome(0.06, finished=done, requests=45))
     assert off.guidance.floor_s == 0.0
+
+
+def two_promises(met):
+    """Half fan-outs that are late at width 1, half chats that are late at any other: no common width keeps both.
+
+    10 of them at width 1 take 20 ms a step: 1.26 s for a fan-out, which is promised 1.25 s, and 0.64 s for a chat. At
+    width 2 a step takes 25 ms, 0.8 s for a chat, which is promised 0.75 s.
+    """
+    fan_out = finished(1.0 if met else 1.3, tokens=63, serial_tokens=1, critical=2, tpot_slo_s=1.25 / 62)
+    chat = finished(0.7 if met else 1.3, tokens=32, tpot_slo_s=0.75 / 31)
+    return [fan_out, chat] * 32
+
+
+def test_a_floor_comes_into_force_only_where_a_common_width_promises_more_than_was_got_and_stays():
+    c = controller(correction_rate=0.0)
+    c.observe(outcome(0.02, finished=two_promises(met=True), requests=10))
+    assert c.guidance.floor_s == 0.0
+    c = controller(correction_rate=0.0)
+    c.observe(outcome(0.02, finished=two_promises(met=False), requests=10))
+    assert c.guidance.floor_s > 0.0
+    c.observe(outcome(0.02, finished=two_promises(met=True), requests=10))
+    assert c.guidance.floor_s > 0.0
 
 
 def test_no_budget_where_even_width_one_breaks_every_slo_and_no_width_keeps_it():

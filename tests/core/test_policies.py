@@ -96,13 +96,23 @@ def test_taper_runs_everything_when_every_request_is_lost():
     assert plan.budget_s == np.inf
 
 
-def test_taper_serves_debt_before_age_and_priority_before_debt():
+def test_taper_serves_the_least_credit_first_then_age_and_priority_before_both():
     old = branching(40, tokens=1, arrival_s=-9.0)
     indebted = branching(40, tokens=1, first_token_s=-0.1, arrival_s=-1.0)
     view = make_view(old, indebted, serial(tokens=1))
     assert widths(view, plan_of("taper", view)) == [1, 38, 1]
+    view = make_view(branching(40, tokens=1), old, serial(tokens=1))
+    assert widths(view, plan_of("taper", view)) == [1, 38, 1]
     urgent = branching(40, tokens=1, priority=1.0)
     view = make_view(old, indebted, urgent, serial(tokens=1))
+    assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
+
+
+def test_credit_counts_in_slos_so_that_the_tighter_promise_of_two_is_served_first():
+    loose = branching(40, tokens=11, tpot_slo_s=0.1)  # 1 s ahead, 10 tokens
+    tight = branching(40, tokens=11, tpot_slo_s=0.05, first_token_s=-0.1)  # 0.4 s ahead, 8 tokens
+    ahead = branching(40, tokens=31, tpot_slo_s=0.02)  # 0.6 s ahead, but 30 tokens
+    view = make_view(loose, ahead, tight, serial(tokens=1))
     assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
 
 

@@ -45,10 +45,10 @@ def test_debt_is_repaid_over_the_steps_a_request_usually_lives_but_not_within_th
     assert allowed(view, [4, 4, 4], path=8.0) == pytest.approx([4 * 0.05 - 1.0 / 16] * 3)
 
 
-def test_remaining_is_up_to_twice_the_usual_length_but_never_less_than_the_lookahead():
-    view = make_view(serial(tokens=50), serial(tokens=190))
-    remaining = slack.remaining_tokens(view, knobs=KNOBS, mean_output_tokens=100.0)
-    assert remaining.tolist() == [150.0, 32.0]
+def test_remaining_is_up_to_twice_the_usual_length_but_never_less_than_the_lookahead_of_each_branch():
+    view = make_view(serial(tokens=50), serial(tokens=190), branching(8, tokens=190), branching(2, tokens=20))
+    remaining = slack.remaining_tokens(view, np.array([1, 1, 8, 2]), knobs=KNOBS, mean_output_tokens=100.0)
+    assert remaining.tolist() == [150.0, 32.0, 8 * 32.0, 180.0]
 
 
 def test_credit_beyond_the_bank_buys_nothing():

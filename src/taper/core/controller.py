@@ -130,7 +130,9 @@ class Controller:
         self._since_floor += 1
         if self._since_floor >= FLOOR_EVERY_REQUESTS:
             self._since_floor = 0
-            self._floor_s = throughput_floor_s(list(self._finished), self._occupancy, self.latency)
+            self._floor_s = throughput_floor_s(
+                list(self._finished), self._occupancy, self.latency, in_force=self._floor_s > 0.0
+            )
 
 
 def _nudge(current: float, ratio: float, rate: float, limit: float) -> float:

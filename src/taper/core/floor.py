@@ -12,9 +12,15 @@ requests are replayed in steady state at a dozen widths w:
 
 with longest_r = critical path - serial. The best width is the one with the most goodput among those that attain
 the target, or among all if none does. Its step time becomes the floor where the SLO-derived budget cannot lead
-there: when no width attains the target, or when that step is longer than any request's SLO, so that only several
-rows per step keep it (a serial stage in debt would veto what its next fork repays). Where no width attains the target
-and even width 1 takes longer than any request's SLO, there is nobody left to protect: the floor is infinite.
+there:
+
+- that step is longer than any request's SLO, so that only several rows per step keep it (a serial stage in debt would
+  veto what its next fork repays);
+- no width attains the target, and the best of them promises more goodput than was got lately. One width for everybody
+  is a crude policy: where promises differ, widths of their own may keep what no common one does. Once in force, such a
+  floor stays until a width attains the target: the requests that finish under it cannot tell what would be without it.
+- Where no width attains the target and even width 1 takes longer than any request's SLO, there is nobody left to
+  protect: the floor is infinite.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from taper.core.types import FinishedRequest
 WIDTHS = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64], dtype=np.float64)
 TARGET = 0.98  # above what operators ask for: the replay knows neither spikes nor queues
 BEYOND_SLO = 1.1  # how much longer than the longest SLO a step must be to count as kept by width alone
+LEAST_GAIN = 1.15  # goodput of the best width over what was got, for a floor to come into force
 FEWEST_REQUESTS = 16  # below this a share says nothing
 
 
@@ -42,8 +49,10 @@ class Occupancy:
     prefill_tokens: float
 
 
-def throughput_floor_s(finished: Sequence[FinishedRequest], occupancy: Occupancy, predict: LatencyModel) -> float:
-    """Seconds; 0 where no floor is needed, inf where nobody is left to protect.
+def throughput_floor_s(
+    finished: Sequence[FinishedRequest], occupancy: Occupancy, predict: LatencyModel, *, in_force: bool
+) -> float:
+    """Seconds; 0 where no floor is needed, inf where nobody is left to protect. `in_force`: one was until now.
 
     O(widths * len(finished)), a few tens of microseconds.
     """
@@ -68,5 +77,9 @@ def throughput_floor_s(finished: Sequence[FinishedRequest], occupancy: Occupancy
     if not reaching.any() and step_s[0] > tpot_slo_s.max():
         return np.inf
     best_s = float(step_s[np.argmax(np.where(reaching | ~reaching.any(), goodput, -1.0))])
-    is_needed = not reaching.any() or best_s > BEYOND_SLO * tpot_slo_s.max()
-    return best_s if is_needed else 0.0
+    if reaching.any():
+        return best_s if best_s > BEYOND_SLO * tpot_slo_s.max() else 0.0
+    # Tokens in time per second of residence: the same measure, of what the requests went through.
+    got_tokens, got_s = sum(r.tokens for r in finished if r.met), sum(r.residence_s for r in finished)
+    promises_more = goodput.max() * got_s > LEAST_GAIN * got_tokens
+    return best_s if in_force or promises_more else 0.0

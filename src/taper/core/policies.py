@@ -97,7 +97,7 @@ class Taper:
 
     1. Requests that miss even at width 1 leave the minimum; they keep their protected row.
     2. The budget is the least time any other request allows, a branching one counted at its full width.
-    3. Extras are admitted while T(S) fits it: indebted requests first, then the oldest.
+    3. Extras are admitted while T(S) fits it, to the request with the least credit, counted in its SLOs, first.
     While anything branches, prompt tokens mixed into the step are bounded by the same slack.
     """
 
@@ -109,7 +109,9 @@ class Taper:
         credit = slack.credit_s(view)
         budget.prefill_limit_tokens = 0
         decode_s = budget.seconds(budget.protected)
-        remaining = slack.remaining_tokens(view, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens)
+        remaining = slack.remaining_tokens(
+            view, budget.live, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens
+        )
         lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
         binding = ~lost & decoding(view)
         path = guidance.mean_path_tokens
@@ -119,7 +121,7 @@ class Taper:
         slack_min_s = float(allowed_s[binding].min(initial=np.inf))
         limit_s = max(slack_min_s, guidance.floor_s)
         budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, decode_s=decode_s, limit_s=limit_s)
-        order = np.lexsort((view.arrival_s, credit >= 0.0, -view.priority, lost))
+        order = np.lexsort((view.arrival_s, credit / view.tpot_slo_s, -view.priority, lost))
         width = budget.admit(budget.protected, order, limit_s)
         # Without branches the engine runs as stock, prompt chunks included.
         branching = len(view.request) > len(view.tokens)

@@ -34,9 +34,12 @@ def first_token_due(view: StepView, *, within_s: float) -> Bools:
     return np.isnan(view.first_token_s) & (left_s >= 0.0) & (left_s <= within_s)
 
 
-def remaining_tokens(view: StepView, *, knobs: Knobs, mean_output_tokens: float) -> Floats:
-    """Tokens a request is taken to have ahead of it: up to twice the usual length, and never less than the knob."""
-    remaining: Floats = np.maximum(knobs.lookahead_tokens, 2.0 * mean_output_tokens - view.tokens)
+def remaining_tokens(view: StepView, live: Ints, *, knobs: Knobs, mean_output_tokens: float) -> Floats:
+    """Tokens a request is taken to have ahead of it: up to twice the usual length, at least the knob per live branch.
+
+    The usual length is that of all requests; one with many branches may be far beyond it and only half-way.
+    """
+    remaining: Floats = np.maximum(knobs.lookahead_tokens * live, 2.0 * mean_output_tokens - view.tokens)
     return remaining
 
 
