@@ -161,14 +161,19 @@ def timed_alone(samples: Samples, cells: Ints, quiet: Bools) -> Bools:
 
 
 def fit_law_with_knee(samples: Samples, cells: Ints, capture_sizes: tuple[int, ...] = ()) -> LinearLatency:
-    """The linear law, or the one with the best knee where that explains the cells' medians clearly better."""
+    """The linear law, or the one with the best knee where that explains the medians of the decode cells clearly better.
+
+    Those alone: the error of steps with prompts has other reasons, and may drown what a knee takes away.
+    """
     linear = fit_law(samples, cells, capture_sizes)
-    visited = np.unique(samples.rows[samples.prefill_tokens == 0])
+    decode = samples.prefill_tokens == 0
+    visited = np.unique(samples.rows[decode])
     knees = visited[KNEE_SIDE - 1 : len(visited) - KNEE_SIDE]
     if not len(knees):
         return linear
-    best = min((fit_law(samples, cells, capture_sizes, float(knee)) for knee in knees), key=_cell_error(samples, cells))
-    error, least = (_cell_error(samples, cells)(law) for law in (linear, best))
+    error_of = _cell_error(samples.take(decode), cells[decode])
+    best = min((fit_law(samples, cells, capture_sizes, float(knee)) for knee in knees), key=error_of)
+    error, least = error_of(linear), error_of(best)
     return best if error - least > max(KNEE_GAIN * error, KNEE_LEAST) else linear
 
 
