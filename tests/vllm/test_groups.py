@@ -43,7 +43,7 @@ def test_a_tag_binds_whoever_sends_it(make):
 
 
 def test_claims_reach_the_view(make):
-    driver = make(config=server_config(limits=ClaimLimits(tighten=True, max_priority=5.0)))
+    driver = make(config=server_config(limits=ClaimLimits(tightest_slo=0.1, max_priority=5.0)))
     driver.add(request("a", xargs={"taper_tpot_slo_ms": 30, "taper_ttft_slo_ms": 700, "taper_priority": 2}))
     columns = driver.taper.table.columns
     assert columns.tpot_slo_s.tolist() == [0.03]

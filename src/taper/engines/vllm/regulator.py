@@ -76,7 +76,7 @@ class Regulator:
         self.slo = slo
         for group in self.table.groups.values():
             try:
-                claims = parse_claims(group.extra_args, self.config.limits, slo)
+                claims = self._parsed(group.extra_args)
             except ConfigError:
                 claims = replace(group.claims, slo=slo)
             self.table.set_claims(group, claims)
@@ -116,12 +116,16 @@ class Regulator:
         Behind `ClaimsMiddleware` none are refused here: the client got its HTTP 400.
         """
         try:
-            return parse_claims(compat.extra_args(request), self.config.limits, self.slo)
+            return self._parsed(compat.extra_args(request))
         except ConfigError as error:
             if not self.rejected_claims:
                 logger.warning("claims of %s refused, later ones only count: %s", request.request_id, error)
             self.rejected_claims += 1
             return Claims(group=None, slo=self.slo, priority=0.0)
+
+    def _parsed(self, extra_args: dict[str, Any] | None) -> Claims:
+        sealed_only = self.config.group_secret is not None
+        return parse_claims(extra_args, self.config.limits, self.slo, sealed_only=sealed_only)
 
     # --- around schedule() ---
 
