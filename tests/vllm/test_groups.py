@@ -164,7 +164,7 @@ def test_columns_kept_from_step_to_step_are_those_built_afresh(make):
         kept = driver.taper.table.columns
         for group in driver.taper.table.groups.values():
             group.stirred()
-        fresh = Columns(list(driver.taper.table.groups.values()))
+        fresh = Columns(list(driver.taper.table.in_sight()))
         assert kept.ids == fresh.ids
         assert all(one is other for one, other in zip(kept.requests, fresh.requests, strict=True))
         assert all(one is other for one, other in zip(kept.output_tokens, fresh.output_tokens, strict=True))
@@ -177,9 +177,9 @@ def test_columns_kept_from_step_to_step_are_those_built_afresh(make):
 def test_only_a_group_that_changed_is_read_again(make):
     driver = make()
     driver.add(*fork("a", 3), *fork("b", 2))
-    before = {group.key[1]: group.block for group in driver.taper.table.groups.values()}
-    driver.add(*fork("b", 3)[2:])
     driver.step()
-    after = {group.key[1]: group.block for group in driver.taper.table.groups.values()}
+    before = {block.group.key[1]: block for block in driver.taper.table.in_sight()}
+    driver.add(*fork("b", 3)[2:])
+    after = {block.group.key[1]: block for block in driver.taper.table.in_sight()}
     assert after["a"] is before["a"]
     assert after["b"] is not before["b"]

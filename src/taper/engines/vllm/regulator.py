@@ -53,6 +53,7 @@ class Regulator:
             block_tokens=seam.block_tokens,
             hash_block_tokens=seam.hash_block_tokens,
             caches_prefixes=seam.caches_prefixes,
+            max_rows=seam.max_rows,
         )
         self.meter = StepMeter()
         self.window = Window(since_s=clock())
@@ -154,6 +155,7 @@ class Regulator:
         with self._guarded():
             now_s = self.clock()
             self.ran_last = output.num_scheduled_tokens
+            self.table.note_starts(new.req_id for new in output.scheduled_new_reqs)
             if not output.total_num_scheduled_tokens:
                 self._spins = bool(enforced.deferred or enforced.held)
                 self.meter.interrupted()
