@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from taper.claims import ClaimLimits
+from taper.core.policies import Taper
 from taper.core.types import Slo
 from taper.engines.vllm.middleware import ClaimsMiddleware
 from tests.vllm.harness import PROFILE, Driver, fork, make, request, server_config
@@ -104,6 +106,13 @@ class Victim:
         return in_time and self.is_over(machine) and self.last_s - self.first_s <= SLO.tpot_s * (self.tokens - 1)
 
 
+class Believing(Taper):
+    """Takes a loosened SLO for the request's own need, as it would where nobody has a reason to lie."""
+
+    def __call__(self, view, predict, knobs, guidance):
+        return super().__call__(view, predict, knobs, replace(guidance, promise_s=math.inf))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Play:
     """One attack: the victims, what the attacker does at every turn, and what holds where its defence is off."""
@@ -124,11 +133,11 @@ def serial() -> list[dict[str, Any]]:
     return [{"max_tokens": 40}]
 
 
-def once(*bodies: dict[str, Any], then: dict[str, Any] | None = None) -> Callable[[Server, int], None]:
-    """Send these, and at every later turn `then`; what is refused is sent again without its claims."""
+def once(*bodies: dict[str, Any]) -> Callable[[Server, int], None]:
+    """Send these at the first turn; what is refused is sent again without its claims."""
 
     def attack(server: Server, turn: int) -> None:
-        for body in bodies if not turn else (then,) if then else ():
+        for body in () if turn else bodies:
             if not server.post("mallory", body):
                 server.post("mallory", {name: value for name, value in body.items() if name != "vllm_xargs"})
 
@@ -156,7 +165,6 @@ def claim(body: dict[str, Any], **claims: Any) -> dict[str, Any]:
 
 MIXED = [serial() if index % 3 < 2 else tagged(index, 6) for index in range(24)]
 WIDE = {"n": 70, "max_tokens": 400}
-SHORT = {"max_tokens": 3}
 PLAYS = {
     # Defence: regulation itself, and that extra branches of one request wait outside vLLM's queue.
     "10,000 tagged branches": Play(
@@ -167,14 +175,17 @@ PLAYS = {
     ),
     # Defence: tags are sealed with the tenant's key.
     "forged ids": Play(victims=MIXED, gap_s=0.4, attack=forging, is_sealing=False),
-    # Defence: an SLO below the server's is refused. Let through, requests that are lost from the start make the
-    # controller's slow loop believe that the SLO cannot be kept, and let steps grow long for the sake of goodput.
+    # Defence: a loosened SLO binds nobody where the server's own is lost. All victims need extras, since the baseline
+    # breaks the SLO; a request whose looser one can just be kept would hold every step at it.
     "extreme SLOs": Play(
-        victims=[serial() if index % 3 < 2 else [{"n": 20, "max_tokens": 36}] for index in range(60)],
-        gap_s=0.25,
-        attack=once(then=claim(SHORT, taper_tpot_slo_ms=0.1, taper_ttft_slo_ms=1)),
-        honest=once(then=SHORT),
-        settings={"limits": OPEN},
+        victims=[[{"n": 4, "max_tokens": 40}]] * 48,
+        gap_s=0.02,
+        attack=once(
+            *(claim({"max_tokens": 300}, taper_tpot_slo_ms=slo_ms) for slo_ms in (0.1, 1, 65, 80, 5000)),
+            *(claim({"max_tokens": 300}, taper_ttft_slo_ms=slo_ms) for slo_ms in (0.1, 5e5)),
+        ),
+        honest=once(*[{"max_tokens": 300}] * 7),
+        settings={"is_believing": True},
     ),
     # Defence: a priority above the ordinary is refused. All victims need extras, since the baseline breaks the SLO.
     "priority inflation": Play(
@@ -191,10 +202,12 @@ PLAYS = {
 def attainment(monkeypatch, tmp_path):
     """Percent of the victims that meet their SLO, on a server with these settings."""
 
-    def run(play, acts, *, is_sealing=True, **settings):
+    def run(play, acts, *, is_sealing=True, is_believing=False, **settings):
         config = server_config(slo=SLO, **{"limits": GUARDED, **settings})
         driver = make(monkeypatch, tmp_path, is_async=False, config=config, rows=256, blocks=4096)
         machine = Machine(driver.scheduler, is_async=False, now_s=0.0)
+        if is_believing:
+            machine.taper.controller.replace(policy=Believing())
         server = Server(machine, is_sealing=is_sealing)
         victims = [Victim(bodies=bodies, sent_s=play.gap_s * index) for index, bodies in enumerate(play.victims)]
         turns = itertools.count()

@@ -48,7 +48,7 @@ class Regulator:
         self.slo: Slo = config.slo
         self.seam_report = compat.check_seams()
         self.profile: Profile | None = parse_profile(config.profile) if config.profile else None
-        self.controller = _controller(self.profile, resolve_policy(config.policy), config.knobs)
+        self.controller = _controller(self.profile, resolve_policy(config.policy), config.knobs, config.slo)
         self.table = GroupTable(
             block_tokens=seam.block_tokens,
             hash_block_tokens=seam.hash_block_tokens,
@@ -75,6 +75,7 @@ class Regulator:
     def use_slo(self, slo: Slo) -> None:
         """A new default; requests in flight are held to it too, within what they claimed."""
         self.slo = slo
+        self.controller.promise_s = slo.tpot_s
         for group in self.table.groups.values():
             try:
                 claims = self._parsed(group.extra_args)
@@ -88,7 +89,7 @@ class Regulator:
         if profile is not None:
             self.controller.replace(latency=profile.latency())
         else:
-            self.controller = _controller(None, self.controller.policy, self.controller.knobs)
+            self.controller = _controller(None, self.controller.policy, self.controller.knobs, self.slo)
 
     # --- requests come and go ---
 
@@ -307,6 +308,6 @@ class Regulator:
             self.window.fallbacks += 1
 
 
-def _controller(profile: Profile | None, policy: Policy, knobs: Knobs) -> Controller:
+def _controller(profile: Profile | None, policy: Policy, knobs: Knobs, slo: Slo) -> Controller:
     latency = profile.latency() if profile else UNCALIBRATED
-    return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None)
+    return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None, promise_s=slo.tpot_s)
