@@ -119,7 +119,7 @@ class SchedulerSeam:
         """
         aside = []
         for name in START_QUEUES:
-            queue = getattr(self._scheduler, name, ())
+            queue: Any = getattr(self._scheduler, name, ())
             kept = list(filterfalse(requests.__contains__, _members(queue)))
             if len(kept) < len(queue):
                 short = type(queue)()

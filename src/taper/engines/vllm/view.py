@@ -10,7 +10,7 @@ With async scheduling the columns lag by the tokens in flight.
 
 from __future__ import annotations
 
-from collections.abc import Container, Set
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Frame:
     columns: Columns
     branch: Ints  # (B,) index into `columns`
     withheld: Ints  # indices into `columns` of branches that must not start in this step
-    extras: Set[Any]  # the requests of all extra branches; those out of sight must not start either
+    extras: set[Any]  # the requests of all extra branches; those out of sight must not start either
 
 
 def build(
