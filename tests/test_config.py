@@ -25,7 +25,9 @@ HERE = __name__
         ('{"slo": {"tpot_s": 0}}', "tpot_s must be between"),
         ('{"slo": {"tpot_s": NaN}}', "tpot_s must be between"),
         ('{"knobs": {"reserve_slos": 1}}', "unknown key 'reserve_slos' in knobs"),
-        ('{"limits": {"tighten": 1}}', "limits.tighten must be true or false"),
+        ('{"limits": {"tightest_slo": 2}}', "limits.tightest_slo must be between"),
+        ('{"limits": {"max_branches": 0}}', "limits.max_branches must be an integer"),
+        ('{"group_secret": "short"}', "group_secret must be a string of at least 16"),
         ('{"record_steps": 0}', "record_steps must be an integer"),
         ('{"control_token": 5}', "control_token must be a string"),
     ],
@@ -45,7 +47,7 @@ def test_a_file_that_is_not_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_settings_survive_their_json() -> None:
-    settings = ServerConfig(policy="cap:3", slo=Slo(tpot_s=0.0637), limits=ClaimLimits(tighten=True))
+    settings = ServerConfig(policy="cap:3", slo=Slo(tpot_s=0.0637), limits=ClaimLimits(tightest_slo=0.5))
     assert ServerConfig.from_json(settings.to_json(), where="here") == settings
 
 

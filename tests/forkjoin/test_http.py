@@ -33,6 +33,7 @@ from taper.client import (
 )
 from taper.config import ServerConfig
 from taper.engines.vllm.programs import ChatSwitch, ProgramMetrics
+from taper.engines.vllm.terms import Terms
 from taper.forkjoin.routes import CHAT_PATH, ProgramRoutes
 from taper.forkjoin.service import COUNTS
 from tests.forkjoin.test_run import multiverse
@@ -43,7 +44,7 @@ CHAT = [{"role": "user", "content": "Q"}]
 
 def application(engine, *, is_served=True):
     app = FastAPI()
-    routes = ProgramRoutes(ServerConfig())
+    routes = ProgramRoutes(ServerConfig(), Terms(ServerConfig()).slo)
 
     async def stock(body: dict):
         return {"stock": sorted(body)}

@@ -110,7 +110,7 @@ class Stage:
         app = FastAPI(lifespan=lifespan)
         plugin.attach_router(app)
         app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
-        programs = ProgramRoutes(ServerConfig())
+        programs = ProgramRoutes(ServerConfig(), plugin.terms.slo)
         programs.attach_router(app)
         programs.serve(ToyEngine(model_says, models=(MODEL,)))
         app.add_middleware(ChatSwitch, path=CHAT_PATH)

@@ -100,6 +100,8 @@ def child_env(environ: Mapping[str, str], *, config: str | None, embedded: bool)
     env.pop(ENV_VAR, None)
     if config is not None:
         env[ENV_VAR] = config
+        # uvicorn believes what any process of this machine says of a request's origin; a group is not to be had so.
+        env.setdefault("FORWARDED_ALLOW_IPS", "")
     if embedded and is_cpu_build():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", EMBEDDED_KV_GIB)
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpu_list(os.sched_getaffinity(0)))

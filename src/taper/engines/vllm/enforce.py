@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from taper.core.types import Bools, Ints, Plan, StepView
-from taper.engines.vllm.seam import SchedulerSeam
+from taper.engines.vllm.seam import SchedulerSeam, SetAside
 from taper.engines.vllm.view import Frame
 
 
@@ -24,7 +24,7 @@ class Enforced:
     deferred: int = 0
     held: int = 0
     starts: list[str] = field(default_factory=list)  # branches that start beside a started sibling
-    out_of_queue: list[tuple[Any, list[Any]]] = field(default_factory=list)  # the held requests
+    out_of_queue: list[SetAside] = field(default_factory=list)  # queues without the held requests stand in for these
     max_step_tokens: int | None = None  # vLLM's own bound, where it was lowered
     planner_s: float = 0.0
 
@@ -67,10 +67,13 @@ def apply(seam: SchedulerSeam, frame: Frame, plan: Plan, enforced: Enforced) -> 
 
 
 def hold(seam: SchedulerSeam, frame: Frame, branches: Ints, enforced: Enforced) -> None:
-    """Keep unstarted branches out of the queues for this call."""
-    if len(branches):
-        enforced.held = len(branches)
-        enforced.out_of_queue = seam.hold({frame.columns.requests[index] for index in branches})
+    """Keep these unstarted branches out of the queues for this call, and the extra ones that are out of sight."""
+    requests = frame.columns.requests
+    held = frame.extras.difference(requests)
+    held.update(requests[index] for index in branches.tolist())
+    if held:
+        enforced.held = len(held)
+        enforced.out_of_queue = seam.hold(held)
 
 
 def limit_prefill(seam: SchedulerSeam, plan: Plan, rows: int, enforced: Enforced) -> None:

@@ -65,7 +65,8 @@ class Server:
     ) -> None:
         environ = {**os.environ, **(env or {})}
         token = (config.control_token if config else None) or secrets.token_urlsafe(24)
-        self.config = replace(config or ServerConfig(), control_token=token)
+        secret = (config.group_secret if config else None) or secrets.token_urlsafe(24)
+        self.config = replace(config or ServerConfig(), control_token=token, group_secret=secret)
         self.model = model
         self.stock = stock
         self.log = log
