@@ -75,9 +75,9 @@ def constraints(installed: Installed, vllm: str) -> str:
     head = """\
 # The versions that `make setup` installs and the tests run with; `make supply` writes them here. The ranges that
 # TAPER supports are in pyproject.toml. Torch and what is built for a device are left to vLLM, which is exact there."""
-    cut = f"# vLLM: from here on vLLM has a say, and these are for {version}; VLLM=... leaves them out"
+    cut = f"# With vLLM {version}, CPU build. Set-up cuts here for another release or build: vLLM has a say in these."
     builds = [f"{name}=={version}" for name in sorted(VLLM)]
-    return "\n".join([head, *ours, cut, *builds, *(f"{name}=={installed[name].version}" for name in pinned), ""])
+    return "\n".join([head, *ours, *builds, cut, *(f"{name}=={installed[name].version}" for name in pinned), ""])
 
 
 def licences(installed: Installed, vllm: str) -> str:
