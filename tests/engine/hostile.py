@@ -50,7 +50,7 @@ class Planning(Unsound):
             replace(plan, protected=~plan.protected),
             replace(plan, baseline_s=math.nan),
             replace(plan, predicted_s="soon"),
-            replace(plan, prefill_limit_tokens=0.5),
+            replace(plan, prefill_limit_tokens=7.5),
             replace(plan, prefill_limit_tokens=-(10**9)),
         ]
         return self.rng.choice(spoilt)
