@@ -72,7 +72,7 @@ def serve(options: ServeOptions, console: Console) -> int:
             if not stop:
                 _fail(console, str(error))
         finally:
-            status = server.stop(STOP_GRACE_S)
+            status = _stopped(server, stop)
     return _exit_status(status) or (0 if stop else ENDED_BY_ITSELF_STATUS)
 
 
@@ -153,14 +153,17 @@ def _announce(server: Server, options: ServeOptions, profile: Profile | None, ho
 
 
 def _wait(server: Server, stop: list[int]) -> None:
-    """Until the server is gone, or has had its grace after a signal."""
-    asked_s: float | None = None
-    while server.poll() is None:
-        if stop and asked_s is None:
-            asked_s = time.monotonic()
-        if asked_s is not None and time.monotonic() - asked_s > STOP_GRACE_S:
-            return
+    """Until the server is gone or a signal came."""
+    while server.poll() is None and not stop:
         time.sleep(POLL_S)
+
+
+def _stopped(server: Server, stop: list[int]) -> int | None:
+    """Its exit status. One that has its signal gets its grace and no second signal, which would cut that short."""
+    deadline_s = time.monotonic() + STOP_GRACE_S
+    while stop and server.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    return server.stop(0.0 if stop else STOP_GRACE_S)
 
 
 @contextmanager
