@@ -10,7 +10,7 @@ BIN := .venv$(addprefix -,$(VLLM))/bin
 VERSIONS := 0.28.0
 export EXTRA PYTHON TORCH_INDEX_URL VLLM
 
-.PHONY: help setup demo test test-fast test-versions seams lint format bench-decide bench-neutrality bench-visibility doctor model clean distclean
+.PHONY: help setup demo test test-fast test-versions seams lint format bench-decide bench-neutrality bench-visibility supply audit doctor model clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,13 @@ bench-neutrality: setup ## throughput without branches, TAPER against a stock se
 
 bench-visibility: setup ## throughput while watched (trace, metrics, live page), against unwatched
 	@$(BIN)/python benchmarks/visibility.py $(ARGS)
+
+supply: setup ## constraints.txt and docs/licences.md, from what is in .venv
+	@$(BIN)/python scripts/supply.py
+
+audit: setup ## known vulnerabilities of what is in .venv (pip-audit, from an environment of its own)
+	@$(BIN)/python -m venv .venv-audit && .venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@.venv-audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
 
 doctor: setup ## what works here and what does not
 	@$(BIN)/taper doctor $(ARGS)

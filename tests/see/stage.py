@@ -57,7 +57,7 @@ class Core:
 def client_of(core: Core) -> Any:
     """What vLLM hands to an endpoint plugin."""
     model = SimpleNamespace(served_model_name=MODEL)
-    return SimpleNamespace(engine_core=core, vllm_config=SimpleNamespace(model_config=model))
+    return SimpleNamespace(engine_core=core, errored=False, vllm_config=SimpleNamespace(model_config=model))
 
 
 class Stage:
