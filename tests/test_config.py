@@ -24,6 +24,7 @@ HERE = __name__
         ('{"policy": "fast"}', "unknown policy 'fast'"),
         ('{"slo": {"tpot_s": 0}}', "tpot_s must be between"),
         ('{"slo": {"tpot_s": NaN}}', "tpot_s must be between"),
+        (f'{{"slo": {{"tpot_s": 1{"0" * 400}}}}}', "tpot_s must be between"),
         ('{"knobs": {"reserve_slos": 1}}', "unknown key 'reserve_slos' in knobs"),
         ('{"limits": {"tighten": 1}}', "limits.tighten must be true or false"),
         ('{"record_steps": 0}', "record_steps must be an integer"),
