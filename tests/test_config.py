@@ -20,6 +20,8 @@ HERE = __name__
     ("text", "words"),
     [
         ("{", "TAPER_CONFIG: not JSON"),
+        ('{"slo":' * 5000, "TAPER_CONFIG: not JSON: maximum recursion"),
+        (f'{{"record_steps": {"9" * 5000}}}', "TAPER_CONFIG: not JSON: Exceeds the limit"),
         ('{"speed": 1}', "TAPER_CONFIG: unknown key 'speed' in config"),
         ('{"policy": "fast"}', "unknown policy 'fast'"),
         ('{"slo": {"tpot_s": 0}}', "tpot_s must be between"),

@@ -108,6 +108,8 @@ def load_profile(path: str | Path, *, expected: ProfileKey | None = None) -> Pro
     except json.JSONDecodeError as error:
         broken = "truncated (it ends in mid-JSON)" if error.pos >= len(data.rstrip()) else "not JSON"
         raise ConfigError(f"profile {path}: {broken}: {error}; run taper calibrate to write it anew") from error
+    except (ValueError, RecursionError) as error:  # a constant, a number of too many digits, too deep a nesting
+        raise ConfigError(f"profile {path}: {error}; run taper calibrate to write it anew") from error
     return parse_profile(raw, where=f"profile {path}", expected=expected)
 
 
@@ -188,15 +190,14 @@ def _parse(raw: object) -> Profile:
         raise ConfigError("capture_sizes must be a list of positive integers")
     if not isinstance(raw["created"], str):
         raise ConfigError("created must be a string")
-    profile = Profile(
+    LinearLatency(**coefficients, capture_sizes=tuple(sizes))  # ranges are the law's own business
+    return Profile(
         key=ProfileKey(**key),
         coefficients={name: float(value) for name, value in coefficients.items()},
         capture_sizes=tuple(sizes),
         fit=dict(_object(raw["fit"], "fit")),
         created=raw["created"],
     )
-    profile.latency()  # ranges of the coefficients are the law's own business
-    return profile
 
 
 def _object(raw: object, name: str) -> Mapping[str, Any]:
