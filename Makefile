@@ -34,7 +34,7 @@ test-versions: ## seams and scheduler on the other releases of vLLM that we test
 	  VLLM=$$version scripts/setup.sh; .venv-$$version/bin/python -m pytest tests/vllm $(ARGS); \
 	done
 
-fuzz: setup ## new random steps, half of STEPS for the controller and half for the scheduler, and ten times the usual inputs
+fuzz: setup ## new random steps, half of STEPS for the controller and half for the scheduler, and 20 x the usual inputs
 	@TAPER_FUZZ_STEPS=$$(( ($(STEPS) + 1) / 2 )) TAPER_FUZZ_SEED=$(SEED) \
 	  $(BIN)/python -m pytest tests/fuzz -o timeout=7200 $(ARGS)
 

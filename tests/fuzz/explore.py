@@ -61,10 +61,10 @@ def explore(machine: Callable[[Tally], RuleBasedStateMachine], tally: Tally, *, 
 
 
 def examples(usual: int) -> settings:
-    """Of a stateless test: `usual` many, the same everywhere; with TAPER_FUZZ_STEPS ten times as many, new ones."""
+    """Of a stateless test: `usual` many, the same everywhere; with TAPER_FUZZ_STEPS twenty times as many, new ones."""
     is_long = bool(int(os.environ.get(STEPS_VAR, "0")))
     return settings(
-        max_examples=usual * (10 if is_long else 1),
+        max_examples=usual * (20 if is_long else 1),
         derandomize=not is_long,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -74,7 +74,8 @@ def mutated(draw: st.DrawFn, seeds: tuple[str, ...]) -> str:
 
 
 def json_texts(*seeds: str) -> st.SearchStrategy[str]:
-    return st.one_of(trees(seeds).map(json.dumps), values.map(json.dumps), mutated(seeds), st.text(max_size=40))
+    changed = st.one_of(trees(seeds).map(json.dumps), values.map(json.dumps), mutated(seeds))
+    return st.one_of(st.sampled_from(seeds), changed, st.text(max_size=40))
 
 
 def toml_texts(*seeds: str) -> st.SearchStrategy[str]:
@@ -104,8 +105,8 @@ def toml_texts(*seeds: str) -> st.SearchStrategy[str]:
             lines[at] = lines[at].partition("=")[0] + "= " + draw(st.sampled_from(hostile))
         return "\n".join(lines)
 
-    return st.one_of(revalued(), mutated(seeds), st.text(max_size=40))
+    return st.one_of(st.sampled_from(seeds), revalued(), mutated(seeds), st.text(max_size=40))
 
 
 def texts(*seeds: str) -> st.SearchStrategy[str]:
-    return st.one_of(mutated(seeds), st.text(max_size=40))
+    return st.one_of(st.sampled_from(seeds), mutated(seeds), st.text(max_size=40))

@@ -250,7 +250,7 @@ def test_it_is_understood_or_refused(name: str, tmp_path: Path) -> None:
     reader = READERS[name]
     seen: Counter[str] = Counter()
 
-    @examples(150)
+    @examples(60)
     @given(reader.inputs)
     def check(text: str) -> None:
         try:
@@ -262,8 +262,8 @@ def test_it_is_understood_or_refused(name: str, tmp_path: Path) -> None:
             seen["understood"] += 1
 
     check()
-    assert seen["understood"] >= 3
-    assert not reader.errors or seen["refused"] >= 3
+    assert seen["understood"]
+    assert seen["refused"] or not reader.errors
 
 
 tags = st.lists(st.sampled_from(corpora.TAGS + FRAGMENTS) | st.text(max_size=6), max_size=40)
@@ -283,7 +283,7 @@ def test_a_protocol_reads_any_text_in_any_pieces(grammar: str, is_root: bool) ->
     def answer(rng: random.Random) -> list[str]:
         return list(corpora.pieces(rng, corpora.mutate(rng, corpora.GRAMMARS[grammar](rng))))
 
-    @examples(100)
+    @examples(40)
     @given(tags | st.builds(answer, st.randoms()))
     def check(parts: list[str]) -> None:
         nonlocal found
@@ -296,7 +296,7 @@ def test_a_protocol_reads_any_text_in_any_pieces(grammar: str, is_root: bool) ->
     assert found or (grammar == "skeleton-of-thought" and not is_root)
 
 
-@examples(200)
+@examples(80)
 @given(st.sampled_from([*BUILT_IN, "off", "", "none"]), trees((json.dumps(json.loads(CHAT)["taper"]["options"]), "{}")))
 def test_options_of_a_protocol_are_taken_or_refused(name: str, options: Any) -> None:
     if isinstance(options, dict):

@@ -25,6 +25,8 @@ from tests.fuzz.explore import Tally, explore
 from tests.vllm.harness import BLOCK, PROFILE, Driver, fork, make, make_stock, request, server_config
 from tests.vllm.test_scheduler import can_run
 
+pytestmark = pytest.mark.vllm
+
 MODEL_TOKENS = 128  # longest context: eight blocks
 STEPS_PER_TOKEN = 2  # prompts are computed again after a preemption
 PATIENCE_STEPS = 200  # a running request without a row: prompts may queue for the step's tokens
@@ -283,7 +285,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """free + held = all, and every block is held exactly as often as it is used."""
         names = self.scheduler.requests
         uses = Counter(block for name in names for group in self.driver.blocks(name) for block in group)
-        uses.update(block.block_id for _, blocks in self.scheduler.deferred_frees for block in blocks)
+        uses.update(block.block_id for _, blocks in getattr(self.scheduler, "deferred_frees", ()) for block in blocks)
         held = {block.block_id: block.ref_cnt for block in self.pool.blocks if block.ref_cnt and not block.is_null}
         assert held == uses
         assert self.pool.get_num_free_blocks() + len(held) == self.pool.num_gpu_blocks - 1
