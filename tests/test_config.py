@@ -20,10 +20,13 @@ HERE = __name__
     ("text", "words"),
     [
         ("{", "TAPER_CONFIG: not JSON"),
+        ('{"slo":' * 5000, "TAPER_CONFIG: not JSON: maximum recursion"),
+        (f'{{"record_steps": {"9" * 5000}}}', "TAPER_CONFIG: not JSON: Exceeds the limit"),
         ('{"speed": 1}', "TAPER_CONFIG: unknown key 'speed' in config"),
         ('{"policy": "fast"}', "unknown policy 'fast'"),
         ('{"slo": {"tpot_s": 0}}', "tpot_s must be between"),
         ('{"slo": {"tpot_s": NaN}}', "tpot_s must be between"),
+        (f'{{"slo": {{"tpot_s": 1{"0" * 400}}}}}', "tpot_s must be between"),
         ('{"knobs": {"reserve_slos": 1}}', "unknown key 'reserve_slos' in knobs"),
         ('{"limits": {"tightest_slo": 2}}', "limits.tightest_slo must be between"),
         ('{"limits": {"max_branches": 0}}', "limits.max_branches must be an integer"),

@@ -79,7 +79,7 @@ class ServerConfig:
         """Raises `ConfigError` for broken JSON, an unknown key or a bad value, naming `where` it stands."""
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep a nesting
             raise ConfigError(f"{where}: not JSON: {error}") from error
         try:
             raw = _known(cls, raw, "config")

@@ -195,7 +195,9 @@ def test_own_policies_can_be_plugged_in_but_not_shadow_a_built_in():
     assert resolve("off", {"off": Mine}).name == "off"
 
 
-@pytest.mark.parametrize("name", ["", "cap", "cap:", "cap:0", "cap:-1", "cap:x", "cap:1.5", "cap:²", "Taper", "tapers"])
+@pytest.mark.parametrize(
+    "name", ["", "cap", "cap:", "cap:0", "cap:-1", "cap:x", "cap:1.5", "cap:²", "cap:1000000", "Taper"]
+)
 def test_unknown_policies_are_refused_with_what_exists(name):
     with pytest.raises(ConfigError, match=r"known: cap:N .*eager, off, taper, taper-paper"):
         resolve(name)

@@ -215,7 +215,12 @@ def test_what_guards_v1_guards_all_of_it_on_either_side_of_the_switch(path, is_o
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"), [({"X-data-parallel-rank": "1"}, 200), ({"X-data-parallel-rank": "2"}, 400)]
+    ("headers", "status"),
+    [
+        ({"X-data-parallel-rank": "1"}, 200),
+        ({"X-data-parallel-rank": "2"}, 400),
+        ({"X-data-parallel-rank": "9" * 5000}, 400),
+    ],
 )
 def test_a_program_can_be_pinned_to_a_replica(headers, status):
     engine = ToyEngine(lambda prompt: "x", replicas=2)

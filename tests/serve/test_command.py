@@ -72,7 +72,7 @@ def test_address(args: list[str], fallback: int | None, wanted: tuple[str | None
     assert command.address(args, fallback) == wanted
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "8e3"])
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "8e3", "²", "9" * 5000])
 def test_a_port_that_is_none(port: str) -> None:
     with pytest.raises(ConfigError, match="--port must be between 1 and 65535"):
         command.address([f"--port={port}"], None)

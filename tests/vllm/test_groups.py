@@ -37,6 +37,15 @@ def test_clients_ids_of_the_same_form_are_not_children(make):
     assert groups(driver) == [["03_foo"], ["3_foo"], ["4_foo"], ["foo"], ["x_foo"]]
 
 
+def test_an_id_that_begins_with_a_number_beyond_pythons_limit_is_no_fault(make):
+    """int() refuses more than 4300 digits; a request that is in the engine must be in the table."""
+    driver = make()
+    name = "9" * 5000 + "_foo"
+    driver.add(request(name))
+    assert groups(driver) == [[name]]
+    assert driver.taper.fallbacks == 0
+
+
 def test_a_tag_binds_whoever_sends_it(make):
     driver = make()
     tag = {"taper_group": "g"}

@@ -156,6 +156,7 @@ def prefill_limit(view: StepView, predict: LatencyModel, knobs: Knobs, *, decode
 
 
 PolicyFactory = Callable[[], Policy]
+CAP_DIGITS = 6  # a width beyond what a column holds would be a fault in every step
 
 BUILTIN: Mapping[str, PolicyFactory] = {
     "off": lambda: FixedCap(1),
@@ -174,6 +175,7 @@ def resolve(name: str, extra: Mapping[str, PolicyFactory] | None = None) -> Poli
     if name in known:
         return known[name]()
     head, _, tail = name.partition(":")
-    if head == "cap" and tail.isascii() and tail.isdigit() and int(tail) >= 1:
+    if head == "cap" and tail.isascii() and tail.isdigit() and len(tail) <= CAP_DIGITS and int(tail) >= 1:
         return FixedCap(int(tail))
-    raise ConfigError(f"unknown policy {name!r}; known: cap:N (N >= 1), {', '.join(sorted(known))}")
+    most = 10**CAP_DIGITS - 1
+    raise ConfigError(f"unknown policy {name!r}; known: cap:N (N from 1 to {most}), {', '.join(sorted(known))}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -112,7 +113,7 @@ def _replica(given: str | None, service: Service) -> int | None:
     if given is None:
         return service.next_replica()
     replicas = service.engine.replicas
-    if not given.isascii() or not given.isdigit() or int(given) >= replicas:
+    if not re.fullmatch("[0-9]{1,9}", given) or int(given) >= replicas:
         raise ConfigError(f"{REPLICA_HEADER} must be between 0 and {replicas - 1}, not {given!r}")
     return int(given)
 

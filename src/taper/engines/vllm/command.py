@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -170,7 +171,9 @@ def address(args: Sequence[str], port: int | None) -> tuple[str | None, int | No
     given = value_of(args, "--port")
     if given is None:
         return value_of(args, "--host"), port
-    if not given.isdigit() or not 1 <= int(given) <= 65535:
+    if (
+        not re.fullmatch("[0-9]{1,5}", given) or not 1 <= int(given) <= 65535
+    ):  # isdigit() knows digits that int() does not
         raise ConfigError(f"--port must be between 1 and 65535, not {given!r}")
     return value_of(args, "--host"), int(given)
 

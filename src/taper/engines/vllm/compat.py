@@ -144,7 +144,7 @@ def extra_args(request: Any) -> dict[str, Any] | None:
 def parent_id(request: Any) -> str | None:
     """The id of the n>1 request this one is a child of, by vLLM's child ids `{index}_{parent}`."""
     index, _, parent = request.request_id.partition("_")
-    is_index = index.isascii() and index.isdigit() and str(int(index)) == index
+    is_index = index.isascii() and index.isdigit() and (index == "0" or index[0] != "0")  # of any length: no int()
     return parent if is_index and parent else None
 
 

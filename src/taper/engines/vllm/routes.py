@@ -98,7 +98,7 @@ class TaperEndpoints:
             return _forbidden()
         try:
             patch = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return error_response(400, f"the patch is not JSON: {error}")
         if not isinstance(patch, dict):
             return error_response(400, f"the patch must be a JSON object, not {type(patch).__name__}")
