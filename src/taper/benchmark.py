@@ -304,7 +304,7 @@ def source_of(options: BenchOptions) -> Source:
     if options.mix_path is not None:
         try:
             mix = parse_mix(tomllib.loads(options.mix_path.read_text(encoding="utf-8")), str(options.mix_path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"--mix {options.mix_path}: {error}") from error
     if shape is not None:
         mix = replace(mix, branching=shape)

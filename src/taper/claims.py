@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from taper.core.types import ConfigError, Slo, check_range
 
 MAX_GROUP_CHARS = 128
+SEALED = "sealed:"  # begins every tag that the server made: see `taper.tenancy`
 FIELDS = ("taper_group", "taper_tpot_slo_ms", "taper_ttft_slo_ms", "taper_priority")
 MS_PER_S = 1000.0
 ROUNDING = 1e-9
@@ -15,17 +16,19 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimLimits:
-    """Server policy: what a claim is bounded by. A client may loosen its SLO; tightening needs `tighten`."""
+    """Server policy: what a claim is bounded by. By default a client may loosen its SLO and not tighten it."""
 
-    tighten: bool = False  # may a claimed SLO be below the server's
-    loosest_slo: float = 100.0  # a claimed SLO is at most this many times the server's
+    tightest_slo: float = 1.0  # a claimed SLO is at least this many times the server's
+    loosest_slo: float = 100.0  # ... and at most this many times
     max_priority: float = 0.0  # largest priority a client may claim; 0 = no claims above ordinary
+    max_branches: int = 1024  # of one request or tag at a time
 
     def __post_init__(self) -> None:
+        check_range("limits.tightest_slo", self.tightest_slo, low=1e-6, high=1, unit="x the server's SLO")
         check_range("limits.loosest_slo", self.loosest_slo, low=1, high=1e6, unit="x the server's SLO")
         check_range("limits.max_priority", self.max_priority, low=0, high=1000, unit="")
-        if not isinstance(self.tighten, bool):
-            raise ConfigError(f"limits.tighten must be true or false, not {self.tighten!r}")
+        if not isinstance(self.max_branches, int) or not 1 <= self.max_branches <= 1_000_000:
+            raise ConfigError(f"limits.max_branches must be an integer from 1 to 1000000, not {self.max_branches!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +40,13 @@ class Claims:
     priority: float
 
 
-def parse_claims(extra_args: Mapping[str, object] | None, limits: ClaimLimits, default_slo: Slo) -> Claims:
+def parse_claims(
+    extra_args: Mapping[str, object] | None, limits: ClaimLimits, default_slo: Slo, *, sealed_only: bool = False
+) -> Claims:
     """Read the `taper_*` fields of a request; other fields are not ours and are left alone.
 
-    Raises `ConfigError` with one line that names the field: unknown `taper_*` field, wrong type, not finite,
-    or beyond what `limits` let a client claim.
+    `sealed_only`: the tag must be one that the server made. Raises `ConfigError` with one line that names the field:
+    unknown `taper_*` field, wrong type, not finite, or beyond what `limits` let a client claim.
     """
     extra = extra_args or {}
     for name in extra:
@@ -54,14 +59,28 @@ def parse_claims(extra_args: Mapping[str, object] | None, limits: ClaimLimits, d
     priority = 0.0
     if "taper_priority" in extra:
         priority = check_range("taper_priority", extra["taper_priority"], low=-1000, high=limits.max_priority, unit="")
-    return Claims(group=_group(extra.get("taper_group")), slo=slo, priority=priority)
+    group = _group(extra.get("taper_group"))
+    if sealed_only and group is not None and not group.startswith(SEALED):
+        raise ConfigError("taper_group came past ClaimsMiddleware, which seals it; this route takes none")
+    return Claims(group=group, slo=slo, priority=priority)
 
 
 def _slo_s(name: str, value: object, server_s: float, limits: ClaimLimits) -> float:
-    least_ms = (1e-4 if limits.tighten else server_s) * MS_PER_S
+    least_ms = server_s * limits.tightest_slo * MS_PER_S
     most_ms = server_s * limits.loosest_slo * MS_PER_S
     # 63.7 ms as seconds and back is a little more than 63.7: the server's own SLO must not be refused for that.
     return check_range(name, value, low=least_ms * (1 - ROUNDING), high=most_ms * (1 + ROUNDING), unit="ms") / MS_PER_S
+
+
+def check_priority(value: float, limits: ClaimLimits) -> None:
+    """Refuse vLLM's own `priority` (smaller is served first, and takes the place of running rows) out of bounds."""
+    if value < -limits.max_priority:
+        raise ConfigError(f"priority must be at least {0 - limits.max_priority:g} on this server, not {value:g}")
+
+
+def check_branches(name: str, count: int, limits: ClaimLimits) -> None:
+    if count > limits.max_branches:
+        raise ConfigError(f"{name} makes {count} branches; this server allows a request {limits.max_branches}")
 
 
 def _group(value: object) -> str | None:

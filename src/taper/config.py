@@ -36,6 +36,7 @@ class ServerConfig:
     profile: dict[str, Any] | None = None  # calibrated profile, inline; None = learn online
     allow_control: bool = False  # may anyone past the server's own authentication change policy and SLO
     control_token: str | None = None  # the parent process's own right to do so
+    group_secret: str | None = None  # seals group tags; tags without its seal are then refused
     record_steps: int = 4096  # step records kept for whoever asks
     trace: str | None = None  # file that every planned step is written to; None: no trace
     trace_mib: int = 64  # of one trace file; one full one is kept beside it
@@ -54,6 +55,8 @@ class ServerConfig:
             raise ConfigError("profile must be a JSON object")
         if self.control_token is not None and not isinstance(self.control_token, str):
             raise ConfigError("control_token must be a string")
+        if self.group_secret is not None and (not isinstance(self.group_secret, str) or len(self.group_secret) < 16):
+            raise ConfigError("group_secret must be a string of at least 16 characters")
 
     @classmethod
     def from_env(cls) -> ServerConfig:
@@ -76,7 +79,7 @@ class ServerConfig:
         """Raises `ConfigError` for broken JSON, an unknown key or a bad value, naming `where` it stands."""
         try:
             raw = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep a nesting
             raise ConfigError(f"{where}: not JSON: {error}") from error
         try:
             raw = _known(cls, raw, "config")

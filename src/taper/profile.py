@@ -24,6 +24,9 @@ CACHE_VAR = "TAPER_CACHE_DIR"
 COEFFICIENTS = ("base_s", "row_s", "context_s", "prefill_s")
 KNEE = ("knee_rows", "steep_s")  # of a law that has one
 MAX_FILE_BYTES = 1 << 20
+# What an engine could have. Else a law overflows, prices everything at zero, or fills the memory with its staircase.
+LEAST_BASE_S, MOST_S = 1e-6, 3600.0
+MOST_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,8 @@ def load_profile(path: str | Path, *, expected: ProfileKey | None = None) -> Pro
     except json.JSONDecodeError as error:
         broken = "truncated (it ends in mid-JSON)" if error.pos >= len(data.rstrip()) else "not JSON"
         raise ConfigError(f"profile {path}: {broken}: {error}; run taper calibrate to write it anew") from error
+    except (ValueError, RecursionError) as error:  # an endless number, brackets without end
+        raise ConfigError(f"profile {path}: no TAPER profile: {error}") from error
     return parse_profile(raw, where=f"profile {path}", expected=expected)
 
 
@@ -183,9 +188,13 @@ def _parse(raw: object) -> Profile:
     for name, value in coefficients.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"coefficients: {name} must be a number, not {value!r}")
+        least = LEAST_BASE_S if name == "base_s" else 0.0
+        most = MOST_ROWS if name == "knee_rows" else MOST_S
+        if not least <= value <= most:
+            raise ConfigError(f"coefficients: {name} must be between {least:g} and {most:g}, not {_short(value)}")
     sizes = raw["capture_sizes"]
-    if not isinstance(sizes, list) or any(type(size) is not int or size < 1 for size in sizes):
-        raise ConfigError("capture_sizes must be a list of positive integers")
+    if not isinstance(sizes, list) or any(type(size) is not int or not 1 <= size <= MOST_ROWS for size in sizes):
+        raise ConfigError(f"capture_sizes must be a list of integers from 1 to {MOST_ROWS}")
     if not isinstance(raw["created"], str):
         raise ConfigError("created must be a string")
     profile = Profile(
@@ -195,7 +204,7 @@ def _parse(raw: object) -> Profile:
         fit=dict(_object(raw["fit"], "fit")),
         created=raw["created"],
     )
-    profile.latency()  # ranges of the coefficients are the law's own business
+    profile.latency()  # what the coefficients must be to each other is the law's own business
     return profile
 
 
@@ -203,6 +212,10 @@ def _object(raw: object, name: str) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{name} must hold a JSON object, not {type(raw).__name__}")
     return raw
+
+
+def _short(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)[:20]
 
 
 def _no_constant(name: str) -> float:

@@ -121,7 +121,7 @@ def read_runs(path: Path) -> list[Run]:
         body = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: not JSON: {error}") from error
     return parse_runs(body, where=str(path))
 

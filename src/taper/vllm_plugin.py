@@ -38,7 +38,8 @@ def endpoints() -> Any:
     from taper.engines.vllm.routes import TaperEndpoints
     from taper.forkjoin.routes import ProgramRoutes
 
-    return Endpoints(TaperEndpoints(), ProgramRoutes(ServerConfig.from_env()))
+    control = TaperEndpoints()
+    return Endpoints(control, ProgramRoutes(ServerConfig.from_env(), control.terms.slo))
 
 
 class Endpoints:

@@ -68,6 +68,11 @@ def test_usage_does_not_overrule_the_count_of_several_branches() -> None:
         (event({"error": "plain"}), "plain"),
         (b"data: {nonsense\n\n", "unreadable event"),
         (event([1, 2]), "unreadable event"),
+        (event({"usage": 5}), "unreadable event"),
+        (event({"choices": 5}), "unreadable event"),
+        (event({"choices": [{"index": "a", "text": "b"}]}), "unreadable event"),
+        (event({"choices": [{"token_ids": 5}]}), "unreadable event"),
+        (b"data: " + b"[" * 5000 + b"\n", "unreadable event"),
     ],
 )
 def test_errors_inside_the_stream(data: bytes, message: str) -> None:

@@ -192,6 +192,20 @@ def test_the_learner_waits_for_variety_and_then_finds_the_law() -> None:
     assert coefficients(law) == pytest.approx(coefficients(LAW), rel=1e-6)
 
 
+def test_the_learner_leaves_out_times_that_no_step_takes() -> None:
+    """One of them among the samples made every later fit fail."""
+    learner = Learner(min_steps=50)
+    for rows in range(1, 40):
+        for context in (rows * 50, rows * 400):
+            load = StepLoad(rows=rows, context_tokens=context, prefill_tokens=rows % 3 * 32)
+            learner.add(load, LAW.predict_load(load))
+            for impossible_s in (float("inf"), 1e300, 5e-324, -1.0, float("nan")):
+                learner.add(load, impossible_s)
+    law = learner.law()
+    assert law is not None
+    assert coefficients(law) == pytest.approx(coefficients(LAW), rel=1e-6)
+
+
 def test_the_learner_forgets_old_steps_of_a_load() -> None:
     learner = Learner(min_steps=10, per_bucket=4)
     for scale in (3.0, 1.0):

@@ -116,6 +116,14 @@ def test_credit_counts_in_slos_so_that_the_tighter_promise_of_two_is_served_firs
     assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
 
 
+@pytest.mark.parametrize(("promise_s", "slack_min_s"), [(np.inf, 0.075), (0.05, 0.2), (0.075, 0.075)])
+def test_a_loosened_slo_binds_nobody_where_the_servers_own_is_lost(promise_s, slack_min_s):
+    """T0 is 71 ms: one row per step keeps 75 ms per token and not 50, four rows keep either."""
+    view = make_view(*[branching(4, tokens=1)] * 60, serial(tokens=1, tpot_slo_s=0.075))
+    guidance = Guidance(margin=0.0, mean_output_tokens=100.0, promise_s=promise_s)
+    assert plan_of("taper", view, guidance=guidance).slack_min_s == pytest.approx(slack_min_s)
+
+
 def test_the_floor_raises_the_budget():
     view = make_view(serial(tokens=1), branching(90, tokens=1))
     plan = plan_of("taper", view, guidance=Guidance(margin=0.0, mean_output_tokens=100.0, floor_s=0.08))
@@ -187,7 +195,9 @@ def test_own_policies_can_be_plugged_in_but_not_shadow_a_built_in():
     assert resolve("off", {"off": Mine}).name == "off"
 
 
-@pytest.mark.parametrize("name", ["", "cap", "cap:", "cap:0", "cap:-1", "cap:x", "cap:1.5", "cap:²", "Taper", "tapers"])
+@pytest.mark.parametrize(
+    "name", ["", "cap", "cap:", "cap:0", "cap:-1", "cap:x", "cap:1.5", "cap:²", "cap:1000000", "Taper"]
+)
 def test_unknown_policies_are_refused_with_what_exists(name):
     with pytest.raises(ConfigError, match=r"known: cap:N .*eager, off, taper, taper-paper"):
         resolve(name)

@@ -33,6 +33,7 @@ from taper.client import (
 )
 from taper.config import ServerConfig
 from taper.engines.vllm.programs import ChatSwitch, ProgramMetrics
+from taper.engines.vllm.terms import Terms
 from taper.forkjoin.routes import CHAT_PATH, ProgramRoutes
 from taper.forkjoin.service import COUNTS
 from tests.forkjoin.test_run import multiverse
@@ -43,7 +44,7 @@ CHAT = [{"role": "user", "content": "Q"}]
 
 def application(engine, *, is_served=True):
     app = FastAPI()
-    routes = ProgramRoutes(ServerConfig())
+    routes = ProgramRoutes(ServerConfig(), Terms(ServerConfig()).slo)
 
     async def stock(body: dict):
         return {"stock": sorted(body)}
@@ -214,7 +215,12 @@ def test_what_guards_v1_guards_all_of_it_on_either_side_of_the_switch(path, is_o
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"), [({"X-data-parallel-rank": "1"}, 200), ({"X-data-parallel-rank": "2"}, 400)]
+    ("headers", "status"),
+    [
+        ({"X-data-parallel-rank": "1"}, 200),
+        ({"X-data-parallel-rank": "2"}, 400),
+        ({"X-data-parallel-rank": "9" * 5000}, 400),
+    ],
 )
 def test_a_program_can_be_pinned_to_a_replica(headers, status):
     engine = ToyEngine(lambda prompt: "x", replicas=2)

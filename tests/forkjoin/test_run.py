@@ -9,6 +9,7 @@ from contextlib import aclosing
 
 import pytest
 
+from taper.claims import SEALED
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
 from taper.forkjoin import protocol
@@ -79,7 +80,9 @@ def test_multiverse_forks_joins_and_goes_on_from_its_own_tokens():
         ["</Goal>"],
     ]
     assert len({run["id"] for run in engine.runs}) == 1
-    assert {run["extra"]["taper_group"] for run in engine.runs} == {engine.runs[0]["id"]}
+    (tag,) = {run["extra"]["taper_group"] for run in engine.runs}
+    assert tag.startswith(SEALED)
+    assert engine.runs[0]["id"].removeprefix("taper-") not in tag  # an answer shows that id
     assert [(b.id, b.parent, b.label, b.text, b.finish_reason) for b in gathered.branches.values()] == [
         ("0", None, "", goal + "Done.", "stop"),
         ("0.1", "0", "1", " one</Path>", "stop"),

@@ -57,7 +57,7 @@ class Core:
 def client_of(core: Core) -> Any:
     """What vLLM hands to an endpoint plugin."""
     model = SimpleNamespace(served_model_name=MODEL)
-    return SimpleNamespace(engine_core=core, vllm_config=SimpleNamespace(model_config=model))
+    return SimpleNamespace(engine_core=core, errored=False, vllm_config=SimpleNamespace(model_config=model))
 
 
 class Stage:
@@ -110,7 +110,7 @@ class Stage:
         app = FastAPI(lifespan=lifespan)
         plugin.attach_router(app)
         app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
-        programs = ProgramRoutes(ServerConfig())
+        programs = ProgramRoutes(ServerConfig(), plugin.terms.slo)
         programs.attach_router(app)
         programs.serve(ToyEngine(model_says, models=(MODEL,)))
         app.add_middleware(ChatSwitch, path=CHAT_PATH)

@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from taper.config import ENV_VAR, ServerConfig
+from taper.engines.vllm import compat
 from taper.engines.vllm.routes import TaperEndpoints
 from tests.see.stage import MODEL, Core, client_of
 from tests.vllm import harness
@@ -86,6 +87,23 @@ def test_another_sites_page_cannot_change_an_open_server(ask, headers, status):
     config = server_config(allow_control=True)
     answer = ask("POST", "/v1/taper/control", config=config, json={"policy": "off"}, headers=headers)
     assert answer.status_code == status
+
+
+def test_a_question_to_an_engine_that_dies_ends_with_vllms_own_error(monkeypatch, tmp_path):
+    """vLLM never settles it: the asker would wait for ever, and the server's shutdown with it."""
+    driver = harness.make(monkeypatch, tmp_path, is_async=False, config=server_config())
+    core = Core(driver)
+    core.away = True
+    client = client_of(core)
+
+    async def ask_and_die():
+        asking = asyncio.create_task(compat.call_engines(client, "taper_snapshot"))
+        await asyncio.sleep(0.1)
+        client.errored, client.dead_error = True, RuntimeError("EngineCore is dead")
+        return await asyncio.wait_for(asking, 60)
+
+    with pytest.raises(RuntimeError, match="EngineCore is dead"):
+        asyncio.run(ask_and_die())
 
 
 def test_one_trace_per_replica(monkeypatch, tmp_path):

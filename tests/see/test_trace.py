@@ -134,11 +134,16 @@ def test_what_does_not_fit_is_refused_by_line(record, tmp_path):
     good = path.read_bytes().splitlines(keepends=True)[0]
     bad = tmp_path / "bad.jsonl"
     data = json.loads(good)
+    view = data["view"]
     for change, words in (
         (b"{}\n", "lacks 'schema'"),
         (b"nonsense\n", "not a decision"),
         (json.dumps(data | {"schema": "taper.decision/9"}).encode() + b"\n", "schema is 'taper.decision/9'"),
         (json.dumps(data | {"branches": []}).encode() + b"\n", "columns differ in length"),
+        (json.dumps(data | {"view": 5}).encode() + b"\n", "not subscriptable"),
+        (json.dumps(data | {"branches": [10**30] * len(data["branches"])}).encode() + b"\n", "too large"),
+        (json.dumps(data | {"measured_s": "1"}).encode() + b"\n", "'1' is no number"),
+        (json.dumps(data | {"view": view | {"request": view["request"][::-1]}}).encode() + b"\n", "not ordered"),
         (json.dumps(data | {"knobs": {"rho": 0.8}}).encode() + b"\n", "Knobs of another version"),
     ):
         bad.write_bytes(good + change)

@@ -32,7 +32,7 @@ def refusal(*args: str) -> str:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--taper-policy", "nope"], "unknown policy 'nope'; known: cap:N (N >= 1), eager, off"),
+        (["--taper-policy", "nope"], "unknown policy 'nope'; known: cap:N (N from 1 to 999999), eager, off"),
         (["--taper-policy", "cap:0"], "unknown policy 'cap:0'"),
         (["--taper-tpot-slo-ms", "0"], "--taper-tpot-slo-ms must be between 0.1 and 60000 ms, not 0.0"),
         (["--taper-tpot-slo-ms", "-5"], "--taper-tpot-slo-ms must be between"),

@@ -72,7 +72,7 @@ def test_address(args: list[str], fallback: int | None, wanted: tuple[str | None
     assert command.address(args, fallback) == wanted
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "8e3"])
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "8e3", "²", "9" * 5000])
 def test_a_port_that_is_none(port: str) -> None:
     with pytest.raises(ConfigError, match="--port must be between 1 and 65535"):
         command.address([f"--port={port}"], None)
@@ -121,7 +121,9 @@ def test_a_plugin_list_the_user_set_is_kept(already: str, with_taper: str, stock
 def test_the_environment_of_a_taper_child() -> None:
     given = {"PATH": "/bin", "VLLM_PLUGINS": "a"}
     env = command.child_env(given, config="{}", embedded=False)
-    assert env == {"PATH": "/bin", "VLLM_PLUGINS": "a,taper", "TAPER_CONFIG": "{}"}
+    assert env == {"PATH": "/bin", "VLLM_PLUGINS": "a,taper", "TAPER_CONFIG": "{}", "FORWARDED_ALLOW_IPS": ""}
+    trusting = command.child_env({**given, "FORWARDED_ALLOW_IPS": "10.0.0.9"}, config="{}", embedded=False)
+    assert trusting["FORWARDED_ALLOW_IPS"] == "10.0.0.9"
     assert given == {"PATH": "/bin", "VLLM_PLUGINS": "a"}
 
 

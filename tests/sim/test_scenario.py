@@ -77,6 +77,12 @@ def test_the_names_that_issue_and_docs_promise() -> None:
         (("[mix]", "[trace]\nforks = 1\n[mix]"), "trace does not go with mix"),
         (('summary = "s"\n', ""), "missing 1 required keyword-only argument: 'summary'"),
         (("[mix]", "[mix"), "not TOML"),
+        (("[mix]", "x = " + "[" * 5000 + "\n[mix]"), "not TOML: maximum recursion"),
+        (("load = 1.0", "load = '1'"), "mine: load must be a number"),
+        (("load = 1.0", "load = nan"), "mine: load must be between"),
+        (("load = 1.0", "load = 1.0\nmax_requests = 2.5"), "mine: max_requests must be a whole number"),
+        (("load = 1.0", "load = 1.0\njoin_prefill = 1"), "mine: join_prefill must be true or false"),
+        (("[mix]", "[disturbance]\nspike_share = 2\n[mix]"), "disturbance: spike_share must be between"),
     ],
 )
 def test_a_scenario_that_is_none_says_why(change: tuple[str, str], message: str) -> None:
@@ -122,3 +128,6 @@ def test_a_scenario_file_of_ones_own(tmp_path: Path) -> None:
     assert load(str(path)).name == "mine"
     with pytest.raises(ConfigError, match="No such file"):
         load(str(tmp_path / "none.toml"))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="can't decode"):
+        load(str(path))

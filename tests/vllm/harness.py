@@ -30,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -171,10 +171,12 @@ class Driver:
     is_async: bool
     step_s: float = 0.02
     now_s: float = 100.0
+    drafts: int = 0  # tokens that the model runner proposes for every row; with async scheduling vLLM does
     in_flight: deque[Any] = field(default_factory=deque)
     outputs: list[Any] = field(default_factory=list)  # every SchedulerOutput so far
     tokens: dict[str, int] = field(default_factory=dict)
     finished: set[str] = field(default_factory=set)
+    _sampling: deque[set[str]] = field(default_factory=deque)  # rows of each batch in flight that answer with a token
 
     def __post_init__(self) -> None:
         if hasattr(self.scheduler, "taper"):
@@ -192,17 +194,21 @@ class Driver:
         self.scheduler.finish_requests(list(names), RequestStatus.FINISHED_ABORTED)
 
     def schedule(self) -> Any:
+        known = {name: one.num_tokens + one.num_output_placeholders for name, one in self.scheduler.requests.items()}
         output = self.scheduler.schedule()
         self.outputs.append(output)
         self.in_flight.append(output)
+        # A row samples unless this was a prompt chunk (after a preemption: of all its tokens), and not the last.
+        done = {name: self.scheduler.requests[name].num_computed_tokens for name in output.num_scheduled_tokens}
+        self._sampling.append({name for name, tokens in done.items() if tokens >= known[name]})
         return output
 
     def update(self) -> None:
         """The oldest batch comes back, `step_s` later."""
-        output = self.in_flight.popleft()
+        output, sampling = self.in_flight.popleft(), self._sampling.popleft()
         self.now_s += self.step_s
         names = list(output.num_scheduled_tokens)
-        sampled = [[TOKEN] if self._samples(name, output) else [] for name in names]
+        sampled = [[TOKEN] * (1 + self._accepted(name, output)) if name in sampling else [] for name in names]
         result = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
@@ -216,6 +222,8 @@ class Driver:
                 self.tokens[one.request_id] = self.tokens.get(one.request_id, 0) + len(one.new_token_ids)
                 if one.finish_reason is not None:
                     self.finished.add(one.request_id)
+        if self.drafts and not self.is_async:
+            self.scheduler.update_draft_token_ids(DraftTokenIds(names, [[TOKEN] * self.drafts for _ in names]))
 
     def step(self) -> dict[str, int]:
         """One turn of the loop; the tokens scheduled in it."""
@@ -237,16 +245,10 @@ class Driver:
     def blocks(self, name: str) -> tuple[list[int], ...]:
         return self.scheduler.kv_cache_manager.get_block_ids(name)
 
-    def _samples(self, name: str, output: Any) -> bool:
-        """A row samples unless this was a prompt chunk and not the last."""
-        start = next((n.num_computed_tokens for n in output.scheduled_new_reqs if n.req_id == name), None)
-        if start is None:
-            cached = output.scheduled_cached_reqs
-            start = cached.num_computed_tokens[cached.req_ids.index(name)]
-        request_ = self.scheduler.requests.get(name)
-        if request_ is None:
-            return True
-        return start + output.num_scheduled_tokens[name] >= request_.num_prompt_tokens
+    def _accepted(self, name: str, output: Any) -> int:
+        """How many of a row's drafts the model agrees with: any number, and the same in every run."""
+        drafts = len(output.scheduled_spec_decode_tokens.get(name, ()))
+        return (len(name) + 3 * self.tokens.get(name, 0)) % (drafts + 1)
 
 
 def server_config(**kwargs: Any) -> ServerConfig:

@@ -12,6 +12,8 @@ from taper.core.types import FinishedRequest
 from taper.engines.vllm.groups import Columns
 from tests.vllm.harness import fork, request, server_config
 
+OFF = server_config(policy="off")
+
 
 def groups(driver):
     return sorted(sorted(group.branches) for group in driver.taper.table.groups.values())
@@ -35,6 +37,15 @@ def test_clients_ids_of_the_same_form_are_not_children(make):
     assert groups(driver) == [["03_foo"], ["3_foo"], ["4_foo"], ["foo"], ["x_foo"]]
 
 
+def test_an_id_that_begins_with_a_number_beyond_pythons_limit_is_no_fault(make):
+    """int() refuses more than 4300 digits; a request that is in the engine must be in the table."""
+    driver = make()
+    name = "9" * 5000 + "_foo"
+    driver.add(request(name))
+    assert groups(driver) == [[name]]
+    assert driver.taper.fallbacks == 0
+
+
 def test_a_tag_binds_whoever_sends_it(make):
     driver = make()
     tag = {"taper_group": "g"}
@@ -43,7 +54,7 @@ def test_a_tag_binds_whoever_sends_it(make):
 
 
 def test_claims_reach_the_view(make):
-    driver = make(config=server_config(limits=ClaimLimits(tighten=True, max_priority=5.0)))
+    driver = make(config=server_config(limits=ClaimLimits(tightest_slo=0.1, max_priority=5.0)))
     driver.add(request("a", xargs={"taper_tpot_slo_ms": 30, "taper_ttft_slo_ms": 700, "taper_priority": 2}))
     columns = driver.taper.table.columns
     assert columns.tpot_slo_s.tolist() == [0.03]
@@ -64,6 +75,44 @@ def test_bad_claims_fall_back_to_the_defaults_and_count(make, caplog, xargs):
     assert driver.taper.table.columns.tpot_slo_s.tolist() == [0.05, 0.05]
     driver.run()
     assert driver.finished == {"a", "b"}
+
+
+def test_tags_without_the_seal_are_refused_where_there_is_a_secret(make):
+    driver = make(config=server_config(group_secret="0123456789abcdef"))
+    for name, tag in (("a", "g"), ("b", "g"), ("c", "sealed:0"), ("d", "sealed:0")):
+        driver.add(request(name, xargs={"taper_group": tag}))
+    assert groups(driver) == [["a"], ["b"], ["c", "d"]]
+    assert driver.taper.rejected_claims == 2
+
+
+def test_so_many_unstarted_branches_are_in_sight_as_there_are_row_slots(make):
+    """64 slots: of 3 requests with 100 branches each their openers, and 64 extra ones of the oldest."""
+    driver = make(config=OFF)
+    for at, name in enumerate("abc"):
+        driver.add(*fork(name, 100, arrival=float(at)))
+    table = driver.taper.table
+    assert table.columns.live.tolist() == [65, 1, 1]
+    assert len(table.extras) == 297
+    driver.step()  # each starts one; the two younger ones are no openers any more
+    assert table.columns.live.tolist() == [65, 1, 1]
+    assert len(table.extras) == 297
+    driver.abort(*[branch for branch in table.branches if branch.endswith("_a")])
+    assert table.columns.live.tolist() == [65, 1]
+    driver.run()
+    assert len(driver.finished) == 200
+    assert not driver.taper.fallbacks
+    assert not table.extras
+
+
+def test_requests_out_of_sight_queue_as_in_stock(make):
+    driver = make(config=OFF, rows=8)
+    driver.add(*fork("p", 4), *(request(f"s{at}", arrival=1.0 + at, tokens=5) for at in range(40)))
+    assert len(driver.taper.table.columns.groups) == 8
+    started = []
+    while driver.scheduler.has_requests():
+        started += [name for name in driver.step() if name.startswith("s") and name not in started]
+    assert started == [f"s{at}" for at in range(40)]
+    assert not driver.taper.fallbacks
 
 
 def finish(driver):
@@ -164,7 +213,7 @@ def test_columns_kept_from_step_to_step_are_those_built_afresh(make):
         kept = driver.taper.table.columns
         for group in driver.taper.table.groups.values():
             group.stirred()
-        fresh = Columns(list(driver.taper.table.groups.values()))
+        fresh = Columns(list(driver.taper.table.in_sight()))
         assert kept.ids == fresh.ids
         assert all(one is other for one, other in zip(kept.requests, fresh.requests, strict=True))
         assert all(one is other for one, other in zip(kept.output_tokens, fresh.output_tokens, strict=True))
@@ -177,9 +226,9 @@ def test_columns_kept_from_step_to_step_are_those_built_afresh(make):
 def test_only_a_group_that_changed_is_read_again(make):
     driver = make()
     driver.add(*fork("a", 3), *fork("b", 2))
-    before = {group.key[1]: group.block for group in driver.taper.table.groups.values()}
-    driver.add(*fork("b", 3)[2:])
     driver.step()
-    after = {group.key[1]: group.block for group in driver.taper.table.groups.values()}
+    before = {block.group.key[1]: block for block in driver.taper.table.in_sight()}
+    driver.add(*fork("b", 3)[2:])
+    after = {block.group.key[1]: block for block in driver.taper.table.in_sight()}
     assert after["a"] is before["a"]
     assert after["b"] is not before["b"]

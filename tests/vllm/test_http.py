@@ -10,9 +10,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from taper.claims import SEALED, ClaimLimits
 from taper.config import ENV_VAR, ServerConfig
-from taper.engines.vllm.middleware import ClaimsMiddleware
-from taper.engines.vllm.routes import TaperEndpoints
+from taper.core.types import Slo
+from taper.engines.vllm.middleware import PATHS, ClaimsMiddleware
+from taper.engines.vllm.routes import TERMS, TaperEndpoints
+from taper.engines.vllm.terms import Terms
 
 
 async def echo(scope, receive, send):
@@ -23,10 +26,10 @@ async def echo(scope, receive, send):
     body = b"".join(message.get("body", b"") for message in messages)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": body})
-    scope["after"] = await receive()
+    scope["after"].append(await receive())
 
 
-def post(path, body, *, method="POST", parts=1):
+def post(path, body, *, method="POST", parts=1, headers=(), client=("10.0.0.1", 5), state=None, door=None):
     """(status, body, messages seen after the body) of one request through the middleware."""
     size = max(len(body) // parts, 1)
     chunks = [body[at : at + size] for at in range(0, max(len(body), 1), size)]
@@ -34,7 +37,9 @@ def post(path, body, *, method="POST", parts=1):
         {"type": "http.request", "body": chunk, "more_body": index < len(chunks) - 1}
         for index, chunk in enumerate(chunks)
     ] + [{"type": "http.disconnect"}]
-    sent, scope = [], {"type": "http", "method": method, "path": path, "headers": []}
+    sent = []
+    scope = {"type": "http", "method": method, "path": path, "headers": list(headers), "client": client, "after": []}
+    scope["app"] = SimpleNamespace(state=state)
 
     async def receive():
         return incoming.pop(0)
@@ -42,18 +47,27 @@ def post(path, body, *, method="POST", parts=1):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(ClaimsMiddleware(echo)(scope, receive, send))
-    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]), scope.get("after")
+    asyncio.run((door or ClaimsMiddleware(echo))(scope, receive, send))
+    return sent[0]["status"], b"".join(m.get("body", b"") for m in sent[1:]), next(iter(scope["after"]), None)
 
 
 GOOD = {"taper_group": "g", "taper_tpot_slo_ms": 100, "taper_ttft_slo_ms": 9000, "taper_priority": -1}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("parts", [1, 5])
-def test_good_bodies_pass_unchanged_with_the_disconnect_behind_them(path, parts):
-    body = json.dumps({"model": "m", "vllm_xargs": GOOD}).encode()
-    assert post(path, body, parts=parts) == (200, body, {"type": "http.disconnect"})
+def test_good_bodies_pass_with_their_tag_sealed_and_the_disconnect_behind_them(path, parts):
+    sent = {"model": "m", "n": 3, "vllm_xargs": GOOD, "prompt": "\ud800"}
+    status, body, after = post(path, json.dumps(sent).encode(), parts=parts)
+    tag = json.loads(body)["vllm_xargs"]["taper_group"]
+    assert (status, after) == (200, {"type": "http.disconnect"})
+    assert tag.startswith(SEALED)
+    assert json.loads(body) == {**sent, "vllm_xargs": {**GOOD, "taper_group": tag}}
+
+
+def test_bodies_without_a_tag_pass_unchanged():
+    body = b'{ "n":2, "vllm_xargs" :{"taper_priority":-1}}'
+    assert post("/v1/completions", body) == (200, body, {"type": "http.disconnect"})
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,162 @@ def test_a_client_that_leaves_in_mid_body_is_seen_leaving():
     assert [message["type"] for message in seen] == ["http.request", "http.disconnect"]
 
 
+def tag_of(group, *, key=None, door=None, path="/v1/completions", field="vllm_xargs", **kwargs):
+    """What the scheduler gets for that tag."""
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    inner = {"taper_group": group}
+    body = {"sampling_params": {"extra_args": inner}} if field == "extra_args" else {"vllm_xargs": inner}
+    status, body, _ = post(path, json.dumps(body).encode(), headers=headers, door=door, **kwargs)
+    assert status == 200
+    found = json.loads(body)
+    return (found["sampling_params"]["extra_args"] if field == "extra_args" else found["vllm_xargs"])["taper_group"]
+
+
+def keyed(*keys, **kwargs):
+    """The state of an application that checks API keys."""
+    return SimpleNamespace(args=SimpleNamespace(api_key=list(keys), **kwargs))
+
+
+def test_a_tag_is_its_tenants_own():
+    door, checked = ClaimsMiddleware(echo), keyed("alice", "bob")
+    mine = tag_of("job", door=door, key="alice", state=checked)
+    assert tag_of("job", door=door, key="alice", state=checked, client=("10.9.9.9", 1)) == mine
+    assert tag_of("job", door=door, key="alice", state=checked, path="/invocations", field="extra_args") == mine
+    others = [
+        tag_of("job", door=door, key="bob", state=checked),
+        tag_of("job", door=door, state=checked),
+        tag_of("jobb", door=door, key="alice", state=checked),
+        tag_of(mine, door=door, key="alice", state=checked),  # a forged seal is a tag like any other
+        tag_of(mine, door=door, key="bob", state=checked),
+        tag_of("job", key="alice", state=checked),  # another server, or this one started again
+    ]
+    assert len({mine, *others}) == 7
+
+
+def test_without_checked_keys_the_origin_is_the_tenant_and_a_key_divides_it():
+    """Clients made for keyless servers all send the same word."""
+    door = ClaimsMiddleware(echo)
+    mine = tag_of("job", door=door, key="EMPTY", client=("10.0.0.1", 1))
+    assert tag_of("job", door=door, key="EMPTY", client=("10.0.0.1", 2)) == mine
+    others = [
+        tag_of("job", door=door, key="EMPTY", client=("10.0.0.2", 1)),
+        tag_of("job", door=door, key="other", client=("10.0.0.1", 1)),
+        tag_of("job", door=door, client=("10.0.0.1", 1)),
+        tag_of("job", door=door, client=None),
+    ]
+    assert len({mine, *others}) == 5
+
+
+def test_headers_that_anyone_can_send_change_no_tenant():
+    door = ClaimsMiddleware(echo)
+    for name in (b"x-forwarded-for", b"forwarded", b"x-real-ip", b"x-request-id"):
+        body = json.dumps({"vllm_xargs": {"taper_group": "job"}}).encode()
+        _, forged, _ = post("/v1/completions", body, headers=[(name, b"10.0.0.2")], door=door)
+        assert json.loads(forged)["vllm_xargs"]["taper_group"] == tag_of("job", door=door)
+
+
+def test_api_processes_with_one_secret_make_one_tag(monkeypatch):
+    monkeypatch.setenv(ENV_VAR, ServerConfig(group_secret="0123456789abcdef").to_json())
+    assert tag_of("job") == tag_of("job")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_of_json_do_not_slip_through(encoding):
+    assert post("/v1/completions", '{"vllm_xargs": {"taper_bogus": 1}}'.encode(encoding))[0] == 400
+
+
+def test_claims_in_two_places_are_refused():
+    claims = {"taper_group": "a"}
+    body = json.dumps({"vllm_xargs": claims, "sampling_params": {"extra_args": claims}}).encode()
+    status, body, _ = post("/inference/v1/generate", body)
+    assert (status, "not both" in body.decode()) == (400, True)
+
+
+@pytest.mark.parametrize("given", [-1, -1.0, "-1", " -1 ", -(2**62)])
+def test_vllms_own_priority_is_bounded_where_vllm_heeds_it(monkeypatch, given):
+    body = json.dumps({"priority": given}).encode()
+    assert post("/v1/completions", body, state=keyed(scheduling_policy="fcfs"))[0] == 200
+    status, answer, _ = post("/v1/completions", body, state=keyed(scheduling_policy="priority"))
+    assert (status, "priority must be at least 0 on" in answer.decode()) == (400, True)
+    monkeypatch.setenv(ENV_VAR, ServerConfig(limits=ClaimLimits(max_priority=1.0)).to_json())
+    assert (post("/v1/completions", body, state=keyed(scheduling_policy="priority"))[0] == 200) is (given != -(2**62))
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"n": 4}, 200),
+        ({"n": 5}, 400),
+        ({"n": "5"}, 400),
+        ({"sampling_params": {"n": 5}}, 400),
+        ({"n": 2, "prompt": ["a", "b", "c"]}, 200),  # three requests of two branches
+        ({"n": 2, "prompt": ["a", "b", "c"], "vllm_xargs": {"taper_group": "g"}}, 400),
+        ({"n": 2, "prompt": [1, 2, 3], "vllm_xargs": {"taper_group": "g"}}, 200),
+        ({"n": 2, "messages": [[{}], [{}], [{}]], "vllm_xargs": {"taper_group": "g"}}, 400),
+    ],
+)
+def test_branches_of_one_request_are_bounded(monkeypatch, fields, status):
+    monkeypatch.setenv(ENV_VAR, ServerConfig(limits=ClaimLimits(max_branches=4)).to_json())
+    assert post("/v1/completions", json.dumps(fields).encode())[0] == status
+
+
+def test_branches_in_flight_under_one_tag_are_bounded_and_come_free(monkeypatch):
+    monkeypatch.setenv(ENV_VAR, ServerConfig(limits=ClaimLimits(max_branches=2)).to_json())
+    gate, statuses = asyncio.Event(), []
+
+    async def app(scope, receive, send):
+        await gate.wait()
+        await send({"type": "http.response.start", "status": 200})
+
+    door = ClaimsMiddleware(app)
+
+    async def one(group):
+        incoming = [{"type": "http.request", "body": json.dumps({"vllm_xargs": {"taper_group": group}}).encode()}]
+
+        async def receive():
+            return incoming.pop(0)
+
+        async def send(message):
+            if "status" in message:
+                statuses.append((group, message["status"]))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "client": ("h", 1)}
+        await door(scope, receive, send)
+
+    async def crowd():
+        tasks = [asyncio.create_task(one(group)) for group in ("a", "a", "a", "b")]
+        while len(statuses) < 1:
+            await asyncio.sleep(0)
+        assert statuses == [("a", 429)]
+        gate.set()
+        await asyncio.gather(*tasks)
+        await one("a")
+
+    asyncio.run(crowd())
+    assert sorted(statuses) == [("a", 200), ("a", 200), ("a", 200), ("a", 429), ("b", 200)]
+
+
+def test_bounds_follow_the_servers_slo(monkeypatch):
+    """It starts at 50 ms and is 80 by the time of the request; engines that went away leave the last one known."""
+    claim = json.dumps({"vllm_xargs": {"taper_tpot_slo_ms": 60}}).encode()
+    answers = [{"tpot_slo_s": 0.08, "ttft_slo_s": 5.0}]
+
+    async def ask():
+        return answers
+
+    async def gone():
+        raise OSError("no engine")
+
+    terms = Terms(ServerConfig())
+    state = SimpleNamespace(args=None, **{TERMS: terms})
+    assert post("/v1/completions", claim, state=state)[0] == 200
+    terms.follow(ask)
+    status, body, _ = post("/v1/completions", claim, state=state)
+    assert (status, "taper_tpot_slo_ms must be between 80 and 8000 ms" in body.decode()) == (400, True)
+    terms.follow(gone)
+    assert post("/v1/completions", claim, state=state)[0] == 400
+
+
 class Engines:
     """The engine client's side of a utility call, two engine replicas wide."""
 
@@ -164,6 +334,24 @@ def test_control_needs_a_right(monkeypatch, method, path):
         response, calls = ask(method, path, answer=[], config=config, monkeypatch=monkeypatch, headers=headers, **body)
         assert response.status_code == status
         assert bool(calls) is (status == 200)
+
+
+def test_a_new_slo_is_known_where_it_was_set(monkeypatch):
+    monkeypatch.setenv(ENV_VAR, OPEN.to_json())
+    plugin, app, state = TaperEndpoints(), FastAPI(), SimpleNamespace()
+    engines = Engines({"tpot_slo_s": 0.08, "ttft_slo_s": 2.0})
+
+    async def run():
+        plugin.attach_router(app)
+        vllm_config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m"))
+        engine = SimpleNamespace(engine_core=engines, vllm_config=vllm_config)
+        await plugin.init_state(engine, state, SimpleNamespace(api_key=None))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            await client.post("/v1/taper/control", json={"tpot_slo_s": 0.08})
+        return await getattr(state, TERMS).slo()
+
+    assert asyncio.run(run()) == Slo(tpot_s=0.08, ttft_s=2.0)
+    assert [method for _, method, _ in engines.calls] == ["taper_configure"] * 2 + ["taper_snapshot"] * 2
 
 
 def test_a_patch_reaches_every_replica(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -12,6 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from taper.core.policies import Eager, FixedCap
 from taper.core.types import Plan
+from taper.engines.vllm import control
 from tests.vllm.harness import BLOCK, fork, make_stock, request, server_config
 
 OFF = server_config(policy="off")
@@ -72,6 +75,35 @@ class Unsure(Broken):
     @property
     def is_stock(self) -> bool:
         raise ZeroDivisionError("another bug")
+
+
+@dataclass(frozen=True)
+class Misled:
+    """Width 1, priced by a predictor that is off by a factor."""
+
+    factor: float
+    name: str = "misled"
+    is_stock: bool = False
+
+    def predict(self, rows, context_tokens, prefill_tokens):
+        return 0.01 * (rows + prefill_tokens) * self.factor
+
+    def __call__(self, view, predict, knobs, guidance) -> Plan:
+        return FixedCap(1)(view, self, knobs, guidance)
+
+
+@dataclass(frozen=True)
+class Altered:
+    """A sound plan but for one field."""
+
+    field: str
+    value: object
+    name: str = "altered"
+    is_stock: bool = False
+
+    def __call__(self, view, predict, knobs, guidance) -> Plan:
+        plan = FixedCap(1)(view, predict, knobs, guidance)
+        return replace(plan, **{self.field: self.value(plan) if callable(self.value) else self.value})
 
 
 def use(driver, policy):
@@ -288,7 +320,8 @@ def test_a_request_that_ends_while_held_does_not_come_back(make):
     driver.add(*fork("p", 3))
     driver.step()
     enforced = driver.taper.before_schedule()
-    assert [one.request_id for _, taken in enforced.out_of_queue for one in taken] == ["1_p", "2_p"]
+    (aside,) = enforced.out_of_queue
+    assert [one.request_id for one in aside.queue if one not in aside.kept] == ["1_p", "2_p"]
     driver.abort("1_p")
     driver.taper.restore(enforced)
     assert [one.request_id for one in driver.scheduler.waiting] == ["2_p"]
@@ -309,6 +342,36 @@ def test_a_planner_fault_means_eager_counted_and_logged_once(make, caplog, polic
     assert len([record for record in caplog.records if record.name.startswith("taper")]) == 1
     driver.run()
     assert len(driver.finished) == 5
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Misled(math.nan), Misled(math.inf), Misled(-math.inf),
+        Altered("run", lambda plan: plan.run.astype(int)), Altered("protected", lambda plan: plan.protected[:-1]),
+        Altered("predicted_s", math.inf), Altered("baseline_s", math.nan), Altered("budget_s", math.nan),
+        Altered("slack_min_s", "soon"), Altered("prefill_limit_tokens", 7.5),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_that_would_spoil_the_engine_or_its_figures_is_a_fault(make, policy):
+    driver = make()
+    use(driver, policy)
+    driver.add(*fork("p", 4), request("s"))
+    driver.run()
+    assert driver.taper.fallbacks > 0
+    assert len(driver.finished) == 5
+    assert driver.taper.table.externality_s == 0.0
+    json.dumps(control.snapshot(driver.taper), allow_nan=False)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1e9])
+def test_a_predictor_that_is_only_wrong_costs_no_step(make, factor):
+    driver = make()
+    use(driver, Misled(factor))
+    driver.add(*fork("p", 4), request("s"))
+    driver.run()
+    assert (driver.taper.fallbacks, len(driver.finished)) == (0, 5)
 
 
 def same_steps(driver, stock, script):

@@ -64,6 +64,9 @@ def test_how_they_are_written() -> None:
     [
         ({"low": 0, "high": 5}, "1 <= low <= high"),
         ({"low": 6, "high": 5}, "1 <= low <= high"),
+        ({"low": 1, "high": 10**30}, "1 <= low <= high"),
+        ({"low": 1.5, "high": 3}, "1 <= low <= high"),
+        ({"values": [1], "weights": [float("nan")]}, "weights must lie"),
         ({"low": 1, "high": 2, "shape": "flat"}, "uniform or lognormal"),
         ({"low": 1}, "high"),
         ({"values": [], "weights": []}, "at least one"),

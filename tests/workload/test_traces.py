@@ -69,6 +69,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         ('{"timestamp": true, "input_length": 1, "output_length": 1}\n', r"trace:1: timestamp is no time: True"),
         ('{"timestamp": 1, "input_length": 1}\n', r"trace:1: output_length must be a whole number"),
         ('{"timestamp": 1, \n', r"trace:1: not JSON"),
+        ('{"timestamp":' * 5000, r"trace:1: not JSON: maximum recursion"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1}\n[]\n', r"trace:2: not a JSON object"),
     ],
 )

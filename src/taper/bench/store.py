@@ -51,7 +51,7 @@ class Store:
                 write_json(meta, {"schema": SCHEMA, "settings": dict(settings), **about})
         except OSError as error:
             raise ConfigError(f"--out {path}: {error.strerror or error}") from error
-        self.meta: dict[str, Any] = json.loads(meta.read_text(encoding="utf-8"))
+        self.meta: dict[str, Any] = _read_meta(path, meta)
         _check_same(path, self.meta, json.loads(json.dumps(settings)))
         self.runs: list[Run] = read_runs(path / "runs.json") if (path / "runs.json").exists() else []
         finished = {run.conditions.window for run in self.runs}
@@ -102,9 +102,19 @@ def _slot(run: Run) -> str:
     return run.conditions.window.rpartition("/")[0]
 
 
-def _check_same(path: Path, meta: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    if meta.get("schema") != SCHEMA:
+def _read_meta(path: Path, meta: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(meta.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--out {path}: meta.json is not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("schema") != SCHEMA or not isinstance(body.get("settings"), dict):
         raise ConfigError(f"--out {path}: meta.json is not of schema {SCHEMA}")
+    return body
+
+
+def _check_same(path: Path, meta: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     held = meta["settings"]
     for name in sorted(held.keys() | settings.keys()):
         if held.get(name) != settings.get(name):
@@ -121,9 +131,9 @@ def _keep(path: Path, windows: set[str]) -> None:
         for line in lines:
             try:
                 window = json.loads(line).get("window")
-            except ValueError:
+            except (ValueError, AttributeError, RecursionError):  # torn, or no record
                 continue
-            if window in windows and line.endswith(b"\n"):
+            if isinstance(window, str) and window in windows and line.endswith(b"\n"):
                 out.write(line)
     shutil.copymode(path, part)
     part.replace(path)

@@ -13,6 +13,8 @@ from typing import Any
 
 from taper.records import ChoiceRecord
 
+MOST = 1 << 40  # of any count in an event
+
 
 @dataclass(slots=True)
 class Output:
@@ -82,28 +84,28 @@ class StreamReader:
 
     def _event(self, payload: bytes, now_s: float) -> None:
         try:
-            event = json.loads(payload)
-        except ValueError:
+            self._read(json.loads(payload), now_s)
+        except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or not of an OpenAI stream's shape
             self.error = f"unreadable event: {payload[:80]!r}"
-            return
-        if not isinstance(event, dict):
-            self.error = f"unreadable event: {payload[:80]!r}"
-            return
+
+    def _read(self, event: dict[str, Any], now_s: float) -> None:
         if problem := event.get("error"):
-            self.error = str(problem.get("message", problem) if isinstance(problem, dict) else problem)
+            message = problem.get("message", problem) if isinstance(problem, dict) else problem
+            self.error = _writable(str(message))
         if usage := event.get("usage"):
-            self.prompt_tokens = usage.get("prompt_tokens", 0)
-            self.completion_tokens = usage.get("completion_tokens")
+            self.prompt_tokens = _count(usage.get("prompt_tokens", 0))
+            completion = usage.get("completion_tokens")
+            self.completion_tokens = None if completion is None else _count(completion)
         for choice in event.get("choices") or ():
             self._choice(choice, now_s)
 
     def _choice(self, choice: dict[str, Any], now_s: float) -> None:
-        index = choice.get("index", 0)
+        index = _count(choice.get("index", 0))
         tokens = _token_count(choice)
         if self._keep:
             self._said(index, choice)
         if reason := choice.get("finish_reason"):
-            self._finished[index] = reason
+            self._finished[index] = _writable(str(reason))
         if tokens == 0:
             return
         branch = self._branches.get(index)
@@ -120,13 +122,29 @@ class StreamReader:
         output.text += _text(choice)
 
 
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
 def _token_count(choice: dict[str, Any]) -> int:
     token_ids = choice.get("token_ids")
-    if token_ids is not None:
-        return len(token_ids)
-    return 1 if _text(choice) else 0
+    if token_ids is None:
+        return 1 if _text(choice) else 0
+    if not isinstance(token_ids, list):
+        raise TypeError("token_ids must be a list")
+    return len(token_ids)
 
 
 def _text(choice: dict[str, Any]) -> str:
     delta = choice.get("delta")
-    return (delta.get("content") if delta else choice.get("text")) or ""
+    text = (delta.get("content") if delta else choice.get("text")) or ""
+    if not isinstance(text, str):
+        raise TypeError("text must be a string")
+    return text
+
+
+def _writable(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell, would break the record that this goes into."""
+    return text.encode("utf-8", "backslashreplace").decode()

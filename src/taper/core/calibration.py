@@ -30,6 +30,7 @@ KNEE_LEAST = 0.005  # ... and at least so much of it
 KNEE_SIDE = 3  # row counts visited on either side of a knee, at least
 MOVED_SHARE = 0.9  # a mixed step shorter than this share of what its rows take alone: its time was counted elsewhere
 MOVED_RULE = 0.1  # of the mixed steps; where so many are, the others cannot be trusted either
+SHORTEST_STEP_S, LONGEST_STEP_S = 1e-6, 3600.0  # of a live step: beyond it, one sample could make any fit fail
 BASE, ROW, CONTEXT, PREFILL, STEEP = range(5)
 
 
@@ -225,7 +226,7 @@ class Learner:
         self._seen = 0
 
     def add(self, load: StepLoad, measured_s: float) -> None:
-        if load.rows + load.prefill_tokens == 0 or not measured_s > 0:
+        if load.rows + load.prefill_tokens == 0 or not SHORTEST_STEP_S <= measured_s <= LONGEST_STEP_S:
             return
         octaves = (load.rows, load.context_tokens // 256, load.prefill_tokens)
         bucket = self._buckets.setdefault(tuple(int(n).bit_length() for n in octaves), [])  # type: ignore[arg-type]

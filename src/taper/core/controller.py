@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import replace
 
@@ -28,9 +29,21 @@ class Controller:
     correction (every step), the margin (every completion) and the throughput floor (every few).
     """
 
-    def __init__(self, *, latency: LinearLatency, policy: Policy, knobs: Knobs, learn: bool = False) -> None:
-        """With `learn`, `latency` is only a guess: widths stay at `COLD_START` until live steps gave a law."""
+    def __init__(
+        self,
+        *,
+        latency: LinearLatency,
+        policy: Policy,
+        knobs: Knobs,
+        learn: bool = False,
+        promise_s: float = math.inf,
+    ) -> None:
+        """With `learn`, `latency` is only a guess: widths stay at `COLD_START` until live steps gave a law.
+
+        promise_s: the server's own TPOT SLO, where requests may claim looser ones.
+        """
         self.policy = policy
+        self.promise_s = promise_s
         self.knobs = knobs
         self.latency = latency
         self._learner = Learner() if learn else None
@@ -61,6 +74,7 @@ class Controller:
             margin=min(self.knobs.margin + self._margin_offset, MARGIN_MAX),
             mean_output_tokens=self._mean_output_tokens,
             mean_path_tokens=self._mean_path_tokens,
+            promise_s=self.promise_s,
             floor_s=self._floor_s if self.knobs.throughput_floor else 0.0,
         )
 

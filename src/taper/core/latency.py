@@ -11,7 +11,6 @@ whole and of the prefill term.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +19,9 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from taper.core.types import ConfigError, Floats, Ints, StepLoad
+
+MOST_S = 1e9  # any coefficient
+MOST_ROWS = 1 << 20  # of a captured batch: the staircase is a table
 
 
 class LatencyModel(Protocol):
@@ -52,12 +54,13 @@ class LinearLatency:
     def __post_init__(self) -> None:
         for name in ("base_s", "row_s", "context_s", "prefill_s", "knee_rows", "steep_s", "scale", "prefill_scale"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ConfigError(f"latency model: {name} must be finite and >= 0, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MOST_S:
+                raise ConfigError(f"latency model: {name} must be a number from 0 to {MOST_S:g}, not {value!r}")
         if self.base_s == 0:
             raise ConfigError("latency model: base_s must be > 0")
-        if list(self.capture_sizes) != sorted(set(self.capture_sizes)):
-            raise ConfigError("latency model: capture_sizes must be strictly ascending")
+        sizes = list(self.capture_sizes)
+        if not all(type(size) is int and 1 <= size <= MOST_ROWS for size in sizes) or sizes != sorted(set(sizes)):
+            raise ConfigError(f"latency model: capture_sizes must be strictly ascending, from 1 to {MOST_ROWS}")
 
     @overload
     def predict(self, rows: int, context_tokens: int, prefill_tokens: int) -> float: ...

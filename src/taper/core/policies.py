@@ -7,6 +7,7 @@ columns of shape (G,).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,7 @@ class Guidance:
     margin: float  # share of the SLO kept back, knob plus integral action
     mean_output_tokens: float  # of recent requests
     mean_path_tokens: float = 0.0  # of their critical paths: the steps they take at full width
+    promise_s: float = math.inf  # TPOT SLO that the server gives to whoever claims none; inf: all claims are its own
     floor_s: float = 0.0  # step time below which throttling only loses (outer loop); inf: it never helps
 
 
@@ -95,7 +97,8 @@ class PublishedTaper:
 class Taper:
     """Ours: a step may take SLO * (rows a request gets) + a paced share of the request's credit.
 
-    1. Requests that miss even at width 1 leave the minimum; they keep their protected row.
+    1. Requests that miss even at width 1 leave the minimum; they keep their protected row. So do those that would
+       miss the server's own SLO and claimed a looser one: a claim gives nobody more say than no claim.
     2. The budget is the least time any other request allows, a branching one counted at its full width.
     3. Extras are admitted while T(S) fits it, to the request with the least credit, counted in its SLOs, first.
     While anything branches, prompt tokens mixed into the step are bounded by the same slack.
@@ -113,7 +116,9 @@ class Taper:
             view, budget.live, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens
         )
         lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
-        binding = ~lost & decoding(view)
+        promised = np.minimum(view.tpot_slo_s, guidance.promise_s)
+        forgone = (view.tpot_slo_s - promised) * (view.tokens - 1)
+        binding = ~slack.hopeless(credit - forgone, promised, budget.live, remaining, decode_s) & ~lost & decoding(view)
         path = guidance.mean_path_tokens
         allowed_s = slack.allowed_s(
             view, credit, budget.live, knobs=knobs, margin=guidance.margin, mean_path_tokens=path
@@ -151,6 +156,7 @@ def prefill_limit(view: StepView, predict: LatencyModel, knobs: Knobs, *, decode
 
 
 PolicyFactory = Callable[[], Policy]
+CAP_DIGITS = 6  # a width beyond what a column holds would be a fault in every step
 
 BUILTIN: Mapping[str, PolicyFactory] = {
     "off": lambda: FixedCap(1),
@@ -169,6 +175,7 @@ def resolve(name: str, extra: Mapping[str, PolicyFactory] | None = None) -> Poli
     if name in known:
         return known[name]()
     head, _, tail = name.partition(":")
-    if head == "cap" and tail.isascii() and tail.isdigit() and int(tail) >= 1:
+    if head == "cap" and tail.isascii() and tail.isdigit() and len(tail) <= CAP_DIGITS and int(tail) >= 1:
         return FixedCap(int(tail))
-    raise ConfigError(f"unknown policy {name!r}; known: cap:N (N >= 1), {', '.join(sorted(known))}")
+    most = 10**CAP_DIGITS - 1
+    raise ConfigError(f"unknown policy {name!r}; known: cap:N (N from 1 to {most}), {', '.join(sorted(known))}")

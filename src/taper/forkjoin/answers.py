@@ -99,7 +99,7 @@ def event_json(event: ProgramEvent) -> dict[str, Any] | None:
 def program_json(program_id: str, model: str, created: int, gathered: Gathered) -> dict[str, Any]:
     """The one answer of a program that does not stream. `text`: what the root said over all its runs."""
     done = gathered.done
-    assert done is not None
+    assert done is not None  # noqa: S101 - narrows the type, checks no input
     return {
         "id": program_id,
         "object": "taper.program",
@@ -116,7 +116,7 @@ def program_json(program_id: str, model: str, created: int, gathered: Gathered) 
 def chat_json(program_id: str, model: str, created: int, gathered: Gathered, content: str) -> dict[str, Any]:
     """A chat completion with the answer in outline order, and the branches under `taper`."""
     done = gathered.done
-    assert done is not None
+    assert done is not None  # noqa: S101 - narrows the type, checks no input
     return {
         "id": program_id,
         "object": "chat.completion",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
-from taper.claims import parse_claims
+from taper.claims import SEALED, parse_claims
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
 from taper.forkjoin.engine import Engine
@@ -49,7 +49,7 @@ def explicit_program(request: ProgramRequest, engine: Engine, config: ServerConf
         sampling=request.sampling(),
         budget=budget,
         on_error=request.on_branch_error,
-        extra_args=_claims(program_id, request.vllm_xargs, config),
+        extra_args=_claims(request.vllm_xargs, config),
         replica=replica,
     )
 
@@ -78,7 +78,7 @@ def chat_program(request: ChatRequest, engine: Engine, config: ServerConfig, rep
         branch_tokens=options.branch_max_tokens or run_tokens,
         budget=budget,
         on_error=options.on_branch_error,
-        extra_args=_claims(program_id, request.vllm_xargs, config),
+        extra_args=_claims(request.vllm_xargs, config),
         replica=replica,
     )
 
@@ -166,12 +166,12 @@ def _rendered(engine: Engine, messages: tuple[Message, ...]) -> list[int]:
         raise ConfigError(f"messages: {error}") from error
 
 
-def _claims(program_id: str, given: Mapping[str, Any], config: ServerConfig) -> dict[str, Any]:
-    """What the scheduler reads: a program is one group, under an id nobody else can name."""
+def _claims(given: Mapping[str, Any], config: ServerConfig) -> dict[str, Any]:
+    """What the scheduler reads: a program is one group, under a tag that no answer shows and no client can send."""
     if "taper_group" in given:
         raise ConfigError("taper_group does not go with a program: a program is a group of its own")
     parse_claims(given, config.limits, config.slo)
-    return {**given, "taper_group": program_id}
+    return {**given, "taper_group": f"{SEALED}{uuid.uuid4().hex}"}
 
 
 def _new_id() -> str:

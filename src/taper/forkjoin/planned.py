@@ -49,7 +49,7 @@ class Planned:
         )
 
     def parser(self, spec: BranchSpec, *, is_root: bool) -> PlannedParser:
-        assert isinstance(spec.plan, Stage)
+        assert isinstance(spec.plan, Stage)  # noqa: S101 - narrows the type, checks no input
         return PlannedParser(spec.plan)
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
@@ -21,7 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from taper.config import ServerConfig
-from taper.core.types import ConfigError
+from taper.core.types import ConfigError, Slo
 from taper.forkjoin.answers import ChatStream, Gathered, chat_json, event_json, failure_json, program_json
 from taper.forkjoin.compile import chat_program, explicit_program
 from taper.forkjoin.engine import Engine
@@ -40,8 +42,10 @@ Compile = Callable[[RequestT, Engine, ServerConfig, int | None], Program]
 class ProgramRoutes:
     """`serve` gives it the engine once there is one; until then it answers 503."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, slo: Callable[[], Awaitable[Slo]]) -> None:
+        """slo: asked for what the server promises at the moment, where a request claims one of its own."""
         self._config = config
+        self._slo = slo
         self._service: Service | None = None
 
     def serve(self, engine: Engine, observe: Observer | None = None) -> Service:
@@ -55,7 +59,7 @@ class ProgramRoutes:
 
     async def programs(self, body: ProgramRequest, request: Request) -> Response:
         service = self._running()
-        model, program = self._accept(body, request, service, explicit_program)
+        model, program = await self._accept(body, request, service, explicit_program)
         created = int(time.time())
         if body.stream:
             return EventStream(_program_stream(service, program, model, created))
@@ -64,7 +68,7 @@ class ProgramRoutes:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         service = self._running()
-        model, program = self._accept(body, request, service, chat_program)
+        model, program = await self._accept(body, request, service, chat_program)
         created = int(time.time())
         if body.stream:
             stream = ChatStream(
@@ -89,7 +93,7 @@ class ProgramRoutes:
             raise HTTPException(503, "this server has no engine")
         return self._service
 
-    def _accept(
+    async def _accept(
         self, body: RequestT, request: Request, service: Service, compile_: Compile[RequestT]
     ) -> tuple[str, Program]:
         """The model's name and the program; 404 for another model, 400 for what cannot run."""
@@ -99,7 +103,8 @@ class ProgramRoutes:
             raise HTTPException(404, str(error)) from error
         try:
             replica = _replica(request.headers.get(REPLICA_HEADER), service)
-            return model, compile_(body, service.engine, self._config, replica)
+            config = replace(self._config, slo=await self._slo()) if body.vllm_xargs else self._config
+            return model, compile_(body, service.engine, config, replica)
         except ConfigError as error:
             raise HTTPException(400, str(error)) from error
 
@@ -108,7 +113,7 @@ def _replica(given: str | None, service: Service) -> int | None:
     if given is None:
         return service.next_replica()
     replicas = service.engine.replicas
-    if not given.isascii() or not given.isdigit() or int(given) >= replicas:
+    if not re.fullmatch("[0-9]{1,9}", given) or int(given) >= replicas:
         raise ConfigError(f"{REPLICA_HEADER} must be between 0 and {replicas - 1}, not {given!r}")
     return int(given)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taper.core.types import Floats, StepLoad
+from taper.core.types import Floats, StepLoad, check_range
 from taper.sim.hardware import Hardware
 
 
@@ -26,6 +26,11 @@ class Disturbance:
     spike_share: float = 0.0  # of steps
     spike_factor: float = 1.0
     drift_to: float = 1.0  # the machine's slowness at the end of the run, linear from 1 at its start
+
+    def __post_init__(self) -> None:
+        check_range("spike_share", self.spike_share, low=0, high=1, unit="of steps")
+        check_range("spike_factor", self.spike_factor, low=1e-3, high=1e6, unit="x")
+        check_range("drift_to", self.drift_to, low=1e-3, high=1e6, unit="x")
 
 
 class StepCost:

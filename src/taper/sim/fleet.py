@@ -110,7 +110,7 @@ class FleetSimulation:
             self._place_stage(heapq.heappop(self._forks)[2], due_s)
             return
         request = self._upcoming
-        assert request is not None
+        assert request is not None  # noqa: S101 - narrows the type, checks no input
         self._upcoming = next(self._arrivals, None)
         if self._router.is_affine:
             self._submit(self._router.place(), request, due_s)

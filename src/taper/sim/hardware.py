@@ -7,7 +7,6 @@ profile that `taper calibrate` wrote, is one more.
 from __future__ import annotations
 
 import json
-import tomllib
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError, StepLoad
 from taper.profile import load_profile
+from taper.sim.toml import parse_table, read_text
 
 # vLLM's default decode graphs: 1, 2, 4, then multiples of 8 up to 256, of 16 up to 512.
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
@@ -121,10 +121,7 @@ def hardware(name: str) -> Hardware:
     Raises `ConfigError` naming what exists.
     """
     if name.endswith(".toml"):
-        try:
-            return parse(Path(name).stem, Path(name).read_text("utf-8"))
-        except OSError as error:
-            raise ConfigError(f"hardware {name}: {error.strerror or error}") from error
+        return parse(Path(name).stem, read_text(name, f"hardware {name}"))
     if name.endswith(".json") or "/" in name:
         return calibrated(name)
     matches = [known for known in machines() if known == name] or [
@@ -139,10 +136,7 @@ def hardware(name: str) -> Hardware:
 
 def parse(name: str, text: str) -> Hardware:
     """A machine from TOML text: the fields of `Hardware`. Raises `ConfigError` naming the field."""
-    try:
-        table: Mapping[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"hardware {name}: not TOML: {error}") from error
+    table: Mapping[str, Any] = parse_table(text, f"hardware {name}")
     if table.get("capture_sizes") == DEFAULT_GRAPHS:
         table = {**table, "capture_sizes": CUDA_GRAPH_SIZES}
     try:

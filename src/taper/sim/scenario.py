@@ -16,17 +16,17 @@ that the table `trace` lays over a share of its rows.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from taper.core.types import ConfigError, Slo, StepLoad
+from taper.core.types import ConfigError, Slo, StepLoad, check_range
 from taper.sim.cost import Disturbance
 from taper.sim.hardware import Hardware
 from taper.sim.loop import Engine
+from taper.sim.toml import parse_table, read_text
 from taper.workload import (
     Arrivals,
     Demand,
@@ -43,6 +43,22 @@ from taper.workload import (
 from taper.workload.regime import Footprint
 
 CONTENDED_LOAD = 2.0  # x the throughput that fits the SLO, by default
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "load": (1e-6, 1e6),
+    "rate_per_s": (1e-6, 1e6),
+    "slo_at": (-100, 100),
+    "tpot_slo_s": (1e-6, 1e6),
+    "ttft_slo_s": (1e-6, 1e6),
+    "concurrency": (1e-6, 1e6),
+    "bias": (1e-3, 1e3),
+    "duration_steps": (1, 1e9),
+    "duration_s": (1e-3, 1e9),
+    "warm_share": (0, 0.99),
+    "fork_prefill_tokens": (1, 1e6),
+    "max_requests": (1, 1e6),
+}
+_WHOLE = ("duration_steps", "fork_prefill_tokens", "max_requests")
+_FLAGS = ("absolute_lengths", "join_prefill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +92,17 @@ class Scenario:
     fork_prefill_tokens: int = 8
     max_requests: int | None = None  # absolute, instead of `concurrency`
     disturbance: Disturbance = field(default_factory=Disturbance)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                check_range(name, value, low=low, high=high, unit="")
+            if name in _WHOLE and isinstance(value, float):
+                raise ConfigError(f"{name} must be a whole number, not {value!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
     def branching_share(self) -> float | None:
@@ -175,10 +202,7 @@ def load(name: str, *, trace: Path | None = None) -> Scenario:
     `trace` is the file that a trace scenario replays. Raises `ConfigError` naming what exists.
     """
     if name.endswith(".toml"):
-        try:
-            return parse(Path(name).stem, Path(name).read_text("utf-8"), trace=trace)
-        except OSError as error:
-            raise ConfigError(f"scenario {name}: {error.strerror or error}") from error
+        return parse(Path(name).stem, read_text(name, f"scenario {name}"), trace=trace)
     if name not in names():
         raise ConfigError(
             f"unknown scenario {name!r}; known: {', '.join(names())}, contended, or the path of a .toml file"
@@ -190,10 +214,7 @@ def load(name: str, *, trace: Path | None = None) -> Scenario:
 def parse(name: str, text: str, *, trace: Path | None = None) -> Scenario:
     """A scenario from TOML text. Raises `ConfigError` for anything that is not one."""
     where = f"scenario {name}"
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: not TOML: {error}") from error
+    table = parse_table(text, where)
     if "mix" not in table and "trace" not in table:
         raise ConfigError(f"{where}: needs a table mix or trace")
     replays = "trace" in table
@@ -238,5 +259,5 @@ def _build(kind: type[Any], values: dict[str, Any], where: str) -> Any:
         raise ConfigError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
     try:
         return kind(**values)
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -82,28 +82,25 @@ def dump(decision: Decision) -> bytes:
 def parse(line: str | bytes, *, where: str) -> Decision:
     """Raises `TraceError` naming `where` for anything that `dump` does not write."""
     try:
-        data = json.loads(line)
+        data = json.loads(line, parse_constant=_no_constant)
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema is {data['schema']!r}, not {SCHEMA!r}")
         decision = _decision(data)
-    except (ValueError, KeyError, TypeError) as error:
+        _check_columns(decision)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise TraceError(f"{where}: not a decision: {what}") from None
-    branches, groups = len(decision.view.request), len(decision.view.tokens)
-    columns: list[Sequence[Any] | Ints | Bools] = [getattr(decision.view, name) for name in (*INTS[1:], *BOOLS)]
-    columns += [decision.plan.run, decision.plan.protected, decision.branches]
-    if {len(column) for column in columns} != {branches} or len(decision.requests) != groups:
-        raise TraceError(f"{where}: not a decision: columns differ in length")
     return decision
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:
     view, plan = data["view"], data["plan"]
-    columns: dict[str, Any] = {name: view[name] for name in SCALARS}
+    columns: dict[str, Any] = {name: _number(view[name]) for name in SCALARS}
     columns |= {name: np.array(view[name], dtype=np.float64) for name in FLOATS}  # null reads as NaN
     columns |= {name: np.array(view[name], dtype=np.int64) for name in INTS}
     columns |= {name: _bools(view[name]) for name in BOOLS}
     latency = {**data["latency"], "capture_sizes": tuple(data["latency"]["capture_sizes"])}
+    limit = plan["prefill_limit_tokens"]
     return Decision(
         step=int(data["step"]),
         policy=str(data["policy"]),
@@ -114,18 +111,33 @@ def _decision(data: Mapping[str, Any]) -> Decision:
         plan=Plan(
             run=_bools(plan["run"]),
             protected=_bools(plan["protected"]),
-            load=StepLoad(**plan["load"]),
-            baseline_s=plan["baseline_s"],
-            predicted_s=plan["predicted_s"],
+            load=StepLoad(**{name: int(_number(value)) for name, value in plan["load"].items()}),
+            baseline_s=_number(plan["baseline_s"]),
+            predicted_s=_number(plan["predicted_s"]),
             budget_s=_or_inf(plan["budget_s"]),
             slack_min_s=_or_inf(plan["slack_min_s"]),
-            prefill_limit_tokens=plan["prefill_limit_tokens"],
+            prefill_limit_tokens=None if limit is None else int(_number(limit)),
         ),
         requests=np.array(data["requests"], dtype=np.int64),
         branches=np.array(data["branches"], dtype=np.int64),
-        measured_s=math.nan if data["measured_s"] is None else float(data["measured_s"]),
+        measured_s=math.nan if data["measured_s"] is None else _number(data["measured_s"]),
         ending=str(data["ending"]),
     )
+
+
+def _check_columns(decision: Decision) -> None:
+    """Raises `ValueError` for columns that do not describe one step."""
+    view, plan = decision.view, decision.plan
+    of_requests = [*(getattr(view, name) for name in (*FLOATS, "tokens")), decision.requests]
+    of_branches = [*(getattr(view, name) for name in (*INTS[1:], *BOOLS)), plan.run, plan.protected, decision.branches]
+    if len({column.shape for column in of_requests}) > 1 or len({column.shape for column in of_branches}) > 1:
+        raise ValueError("columns differ in length")
+    if view.request.ndim != 1 or not np.array_equal(np.unique(view.request), np.arange(len(view.tokens))):
+        raise ValueError("branches and requests do not belong together")
+    if (np.diff(view.request) < 0).any() or not len(view.request):
+        raise ValueError("branches are not ordered by request")
+    if not all(np.isfinite(getattr(view, name)).all() for name in FLOATS if name != "first_token_s"):
+        raise ValueError("a number of the view is missing")
 
 
 def _only(kind: type, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,5 +156,15 @@ def _bools(bits: str) -> Bools:
     return np.asarray(np.frombuffer(bits.encode("ascii"), dtype=np.uint8) == ord("1"))
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
+
 def _or_inf(value: float | None) -> float:
-    return math.inf if value is None else float(value)
+    return math.inf if value is None else float(_number(value))
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

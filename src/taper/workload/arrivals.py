@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taper.core.types import ConfigError
+from taper.core.types import ConfigError, check_range
 
 _STREAM = 1  # keeps gaps independent of the request drawn from the same (seed, index)
 
@@ -25,12 +25,9 @@ class Arrivals:
     burst_share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cv <= 100:
-            raise ConfigError(f"arrivals: cv must be between 0 and 100, not {self.cv!r}")
-        if not 0 <= self.burst_period_s < 1e6:
-            raise ConfigError(f"arrivals: burst_period_s must be between 0 and 1e6 s, not {self.burst_period_s!r}")
-        if not 0 < self.burst_share <= 1:
-            raise ConfigError(f"arrivals: burst_share must be above 0 and at most 1, not {self.burst_share!r}")
+        check_range("cv", self.cv, low=0, high=100, unit="")
+        check_range("burst_period_s", self.burst_period_s, low=0, high=1e6, unit="s")
+        check_range("burst_share", self.burst_share, low=1e-6, high=1, unit="of the period")
 
     def times(self, *, seed: int, rate_rps: float, horizon_s: float) -> Iterator[float]:
         """Seconds from the start of the run, ascending, all below `horizon_s`.

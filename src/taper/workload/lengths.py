@@ -10,6 +10,7 @@ import numpy as np
 
 from taper.core.types import ConfigError
 
+MOST = 10**9
 _TO_95TH = 1.645  # standard deviations from a normal's median to its 95th percentile
 
 
@@ -34,8 +35,10 @@ class Lengths:
     shape: Literal["uniform", "lognormal"] = "uniform"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.low <= self.high:
-            raise ConfigError(f"lengths must satisfy 1 <= low <= high, not {self.low}..{self.high}")
+        if not (_is_count(self.low) and _is_count(self.high) and self.low <= self.high):
+            raise ConfigError(
+                f"lengths must be whole numbers, 1 <= low <= high <= {MOST:g}, not {self.low!r}..{self.high!r}"
+            )
         if self.shape not in ("uniform", "lognormal"):
             raise ConfigError(f"lengths: shape must be uniform or lognormal, not {self.shape!r}")
 
@@ -74,8 +77,12 @@ class Weighted:
     def __post_init__(self) -> None:
         if not self.values or len(self.values) != len(self.weights):
             raise ConfigError("a histogram needs as many weights as values, and at least one")
-        if min(self.values) < 1 or min(self.weights) < 0 or sum(self.weights) <= 0:
-            raise ConfigError("a histogram's values must be at least 1, its weights at least 0 and not all 0")
+        if not all(map(_is_count, self.values)):
+            raise ConfigError(
+                f"a histogram's values must be whole numbers, at least 1 and at most {MOST:g}, not {self.values!r}"
+            )
+        if not (all(0 <= weight <= MOST for weight in self.weights) and sum(self.weights) > 0):
+            raise ConfigError(f"a histogram's weights must lie between 0 and {MOST:g}, not all 0: {self.weights!r}")
 
     def __str__(self) -> str:
         return _range(min(self.values), max(self.values))
@@ -104,8 +111,8 @@ class Quantiles:
         values = [value for _, value in self.points]
         if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or shares != sorted(set(shares)):
             raise ConfigError(f"quantile points must rise from share 0 to share 1, not {shares}")
-        if values[0] < 1 or values != sorted(values):
-            raise ConfigError(f"quantile values must be at least 1 and must not fall, not {values}")
+        if not all(1 <= value <= MOST for value in values) or values != sorted(values):
+            raise ConfigError(f"quantile values must lie between 1 and {MOST:g} and must not fall, not {values}")
 
     def __str__(self) -> str:
         return _range(round(self.points[0][1]), round(self.points[-1][1]))
@@ -129,6 +136,10 @@ class Quantiles:
             middle = low if high == low else (high - low) / np.log(high / low)
             total += (next_share - share) * middle
         return float(total)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
 
 
 def _range(low: int, high: int) -> str:

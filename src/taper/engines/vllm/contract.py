@@ -31,7 +31,7 @@ ENGINE_HAS: Mapping[str, str] = {
         requests running waiting current_step max_num_scheduled_tokens max_num_running_reqs max_model_len block_size
         num_spec_tokens num_sampled_tokens_per_step use_v2_model_runner need_mamba_block_aligned_split
         """,
-    f"{SCHED}.request_queue:RequestQueue": "remove_requests prepend_requests",
+    f"{SCHED}.request_queue:RequestQueue": "add_request remove_requests prepend_requests",
     f"{SCHED}.output:SchedulerOutput": """
         num_scheduled_tokens total_num_scheduled_tokens scheduled_new_reqs scheduled_cached_reqs
         scheduled_spec_decode_tokens preempted_req_ids

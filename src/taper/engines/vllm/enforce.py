@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from taper.core.types import Bools, Ints, Plan, StepView
-from taper.engines.vllm.seam import SchedulerSeam
+from taper.engines.vllm.seam import SchedulerSeam, SetAside
 from taper.engines.vllm.view import Frame
 
 
@@ -24,7 +24,7 @@ class Enforced:
     deferred: int = 0
     held: int = 0
     starts: list[str] = field(default_factory=list)  # branches that start beside a started sibling
-    out_of_queue: list[tuple[Any, list[Any]]] = field(default_factory=list)  # the held requests
+    out_of_queue: list[SetAside] = field(default_factory=list)  # queues without the held requests stand in for these
     max_step_tokens: int | None = None  # vLLM's own bound, where it was lowered
     planner_s: float = 0.0
 
@@ -39,13 +39,19 @@ def restore(seam: SchedulerSeam, enforced: Enforced) -> None:
 
 
 def check(plan: Plan, view: StepView) -> None:
-    """Refuse a plan that leaves a request without a row: a plug-in policy may be wrong."""
-    if plan.run.shape != view.request.shape or plan.protected.shape != view.request.shape:
-        raise ValueError(f"plan has {len(plan.run)} branches, the view {len(view.request)}")
+    """Refuse a plan that the engine or the books could not bear: a plug-in policy, or its predictor, may be wrong."""
+    for name, rows in (("run", plan.run), ("protected", plan.protected)):
+        if rows.shape != view.request.shape or rows.dtype != np.bool_:
+            raise ValueError(f"plan: {name} must be {len(view.request)} booleans, not {len(rows)} of {rows.dtype}")
     if not np.bincount(view.request[plan.run], minlength=len(view.tokens)).all():
         raise ValueError("plan leaves a request without a row")
-    if math.isnan(plan.predicted_s):
-        raise ValueError("plan has no predicted step time")
+    # Both are summed up for as long as the server runs: one infinity or NaN would stay in every figure.
+    if not math.isfinite(plan.predicted_s) or not math.isfinite(plan.baseline_s):
+        raise ValueError(f"plan: predicted step times must be finite, not {plan.predicted_s} and {plan.baseline_s}")
+    if math.isnan(plan.budget_s) or math.isnan(plan.slack_min_s):
+        raise ValueError("plan: budget and slack must be numbers or infinite")
+    if plan.prefill_limit_tokens is not None and not isinstance(plan.prefill_limit_tokens, int):
+        raise ValueError(f"plan: prefill_limit_tokens must be an integer, not {plan.prefill_limit_tokens!r}")
 
 
 def apply(seam: SchedulerSeam, frame: Frame, plan: Plan, enforced: Enforced) -> None:
@@ -67,10 +73,13 @@ def apply(seam: SchedulerSeam, frame: Frame, plan: Plan, enforced: Enforced) -> 
 
 
 def hold(seam: SchedulerSeam, frame: Frame, branches: Ints, enforced: Enforced) -> None:
-    """Keep unstarted branches out of the queues for this call."""
-    if len(branches):
-        enforced.held = len(branches)
-        enforced.out_of_queue = seam.hold({frame.columns.requests[index] for index in branches})
+    """Keep these unstarted branches out of the queues for this call, and the extra ones that are out of sight."""
+    requests = frame.columns.requests
+    held = frame.extras.difference(requests)
+    held.update(requests[index] for index in branches.tolist())
+    if held:
+        enforced.held = len(held)
+        enforced.out_of_queue = seam.hold(held)
 
 
 def limit_prefill(seam: SchedulerSeam, plan: Plan, rows: int, enforced: Enforced) -> None:

@@ -5,6 +5,10 @@ A branch's group is, in this order: its `taper_group` tag; its n>1 parent; itsel
 one request share: the parent's id *and* the exact arrival time. A serial request named "3_foo" is thus a
 group of one.
 
+A branch is *started* once it has been scheduled, and *extra* while it is unstarted and not the one that opens its
+request. Only so many unstarted branches are in sight as there are row slots: a step cannot start more, so a queue of
+ten thousand costs a step no more than a queue of a few hundred.
+
 A group lives as long as it has a live branch. A tagged request that pauses between two stages (all its
 branches over, the next not yet sent) starts anew with the next stage: its clock must not run while the
 client thinks.
@@ -13,10 +17,10 @@ client thinks.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -43,6 +47,8 @@ class Branch:
 class Block:
     """The part of `Columns` that belongs to one group. With hundreds of branches waiting most groups keep theirs."""
 
+    group: Group
+    unstarted: int  # branches in sight that have not started
     branches: list[Branch]
     requests: list[Any]
     output_tokens: list[list[int]]
@@ -50,7 +56,10 @@ class Block:
     tokens: Ints  # (3, branches): of the prompt, at the certain end, spared by a sibling's KV
 
     @classmethod
-    def of(cls, branches: list[Branch]) -> Block:
+    def of(cls, group: Group, unstarted: int) -> Block:
+        """The started branches and the oldest `unstarted` others, in order of arrival."""
+        waiting = islice(group.unstarted.values(), unstarted)
+        branches = sorted(chain(group.started.values(), waiting), key=lambda branch: branch.number)
         requests = [branch.request for branch in branches]
         tokens = [
             [request.num_prompt_tokens for request in requests],
@@ -58,6 +67,8 @@ class Block:
             [branch.spared_tokens for branch in branches],
         ]
         return cls(
+            group=group,
+            unstarted=unstarted,
             branches=branches,
             requests=requests,
             output_tokens=[branch.output_tokens for branch in branches],
@@ -74,7 +85,9 @@ class Group:
     arrival_s: float
     claims: Claims
     extra_args: dict[str, Any] | None  # of the branch that opened the group; they bind all of it
-    branches: dict[str, Branch] = field(default_factory=dict)
+    branches: dict[str, Branch] = field(default_factory=dict)  # live ones: those started and those not
+    started: dict[str, Branch] = field(default_factory=dict)
+    unstarted: dict[str, Branch] = field(default_factory=dict)
     first_token_s: float = math.nan
     ended_tokens: int = 0  # output tokens of ended branches
     ended_branches: int = 0
@@ -88,11 +101,10 @@ class Group:
     is_whole: bool = True  # no branch was aborted
     _block: Block | None = None
 
-    @property
-    def block(self) -> Block:
-        """What does not change from step to step of its branches; rebuilt after `stirred`."""
-        if self._block is None:
-            self._block = Block.of(list(self.branches.values()))
+    def block(self, unstarted: int) -> Block:
+        """What does not change from step to step of the branches in sight; rebuilt after `stirred`."""
+        if self._block is None or self._block.unstarted != unstarted:
+            self._block = Block.of(self, unstarted)
         return self._block
 
     def stirred(self) -> None:
@@ -102,7 +114,7 @@ class Group:
     def settle(self) -> None:
         """Book the tokens since the last call under the width the group has had meanwhile."""
         is_serial = len(self.branches) == 1
-        for branch in self.branches.values():
+        for branch in self.started.values():
             tokens = len(branch.output_tokens) - branch.settled_tokens
             branch.settled_tokens += tokens
             if is_serial:
@@ -121,9 +133,10 @@ class Group:
 class GroupTable:
     """Live groups and branches, kept up to date by events: a request added, an update, a request over."""
 
-    def __init__(self, *, block_tokens: int, hash_block_tokens: int, caches_prefixes: bool) -> None:
+    def __init__(self, *, block_tokens: int, hash_block_tokens: int, caches_prefixes: bool, max_rows: int) -> None:
         self.groups: dict[Hashable, Group] = {}
         self.branches: dict[str, Branch] = {}
+        self.extras: set[Any] = set()  # the requests of all extra branches, in sight or not
         self.parallel_groups = 0  # groups with several live branches
         self.externality_s = 0.0  # sum of E over all steps so far
         self.opened = 0  # groups so far
@@ -132,6 +145,9 @@ class GroupTable:
         self._block_tokens = block_tokens
         self._hash_block_tokens = hash_block_tokens
         self._caches_prefixes = caches_prefixes
+        self._max_rows = max_rows
+        self._running: dict[Hashable, Group] = {}  # has a started branch
+        self._queued: dict[Hashable, Group] = {}  # has none
         self._silent: dict[Hashable, Group] = {}  # no token yet
         self._columns: Columns | None = None
 
@@ -148,8 +164,9 @@ class GroupTable:
                 extra_args=compat.extra_args(request),
                 number=self.opened,
             )
-            self.groups[key] = self._silent[key] = group
-        group.settle()
+            self.groups[key] = self._silent[key] = self._queued[key] = group
+        if len(group.branches) == 1:
+            group.settle()  # what it did as a serial request
         branch = Branch(
             request=request,
             group=group,
@@ -157,7 +174,10 @@ class GroupTable:
             number=group.ended_branches + len(group.branches),
         )
         self._note_shared_prefix(group, branch)
-        group.branches[request.request_id] = self.branches[request.request_id] = branch
+        if group.branches:
+            self.extras.add(request)
+        for live in (self.branches, group.branches, group.unstarted):
+            live[request.request_id] = branch
         if len(group.branches) == 2:
             self.parallel_groups += 1
             self.forks += 1
@@ -175,6 +195,7 @@ class GroupTable:
         group = branch.group
         group.settle()
         del group.branches[request_id]
+        self._leave(group, branch)
         group.is_whole &= is_whole
         group.ended_tokens += len(branch.output_tokens)
         group.ended_branches += 1
@@ -188,6 +209,22 @@ class GroupTable:
             self.joins += 1
             group.close_stage()
         return None
+
+    def note_starts(self, scheduled: Iterable[str]) -> None:
+        """These requests have just been scheduled for the first time."""
+        for name in scheduled:
+            branch = self.branches.get(name)
+            if branch is None or name in branch.group.started:
+                continue
+            group = branch.group
+            del group.unstarted[name]
+            self.extras.discard(branch.request)
+            if not group.started:
+                self._running[group.key] = self._queued.pop(group.key)
+                # All others are extra now, also the one that was to open the request.
+                self.extras.update(other.request for other in islice(group.unstarted.values(), 1))
+            group.started[name] = branch
+            self._stir(group)
 
     def note_first_tokens(self, updated: Iterable[str], now_s: float) -> None:
         """Start the clock of every group that has just received its first token.
@@ -215,15 +252,41 @@ class GroupTable:
         self.groups.clear()
         self.branches.clear()
         self._silent.clear()
+        self._running.clear()
+        self._queued.clear()
+        self.extras.clear()
         self.parallel_groups = 0
         self._columns = None
 
     @property
     def columns(self) -> Columns:
-        """What does not change from step to step; rebuilt when a branch comes or goes."""
+        """What does not change from step to step; rebuilt when a branch comes, starts or goes."""
         if self._columns is None:
-            self._columns = Columns(list(self.groups.values()))
+            self._columns = Columns(list(self.in_sight()))
         return self._columns
+
+    def in_sight(self) -> Iterator[Block]:
+        """Started branches, and of the others as many as row slots: as many extra ones, as many that open a request.
+
+        A request out of sight queues as in stock vLLM.
+        """
+        room = self._max_rows
+        for group in chain(self._running.values(), islice(self._queued.values(), self._max_rows)):
+            opening = 0 if group.started else 1
+            extra = min(len(group.unstarted) - opening, room)
+            room -= extra
+            yield group.block(opening + extra)
+
+    def _leave(self, group: Group, branch: Branch) -> None:
+        """A branch is over; where it was the last one started, the oldest of the others opens the request again."""
+        name = branch.request.request_id
+        if group.started.pop(name, None) is None:
+            del group.unstarted[name]
+            self.extras.discard(branch.request)
+        if not group.started:
+            self._running.pop(group.key, None)
+            self._queued.setdefault(group.key, group)
+            self.extras.difference_update(other.request for other in islice(group.unstarted.values(), 1))
 
     def _stir(self, group: Group) -> None:
         group.stirred()
@@ -238,7 +301,7 @@ class GroupTable:
     def _close(self, group: Group, now_s: float) -> FinishedRequest | None:
         if group.key in self._silent:
             self._start(group, now_s)
-        del self.groups[group.key]
+        del self.groups[group.key], self._queued[group.key]
         if not group.is_whole or not group.ended_tokens:
             return None
         return FinishedRequest(
@@ -271,17 +334,16 @@ def group_key(request: Any, claims: Claims) -> tuple[Hashable, ...]:
 
 
 class Columns:
-    """Per-group and per-branch constants as numpy columns; branches ordered by group."""
+    """Constants of the groups and branches in sight as numpy columns; branches ordered by group."""
 
-    def __init__(self, groups: list[Group]) -> None:
-        blocks = [group.block for group in groups]
-        self.groups = groups
+    def __init__(self, blocks: list[Block]) -> None:
+        self.groups = groups = [block.group for block in blocks]
         self.requests = list(chain.from_iterable(block.requests for block in blocks))
         self.output_tokens = list(chain.from_iterable(block.output_tokens for block in blocks))
         self.ids = list(chain.from_iterable(block.ids for block in blocks))
-        live = np.fromiter((len(group.branches) for group in groups), np.int64, len(groups))
-        self.request: Ints = np.repeat(np.arange(len(groups)), live)
-        self.first: Ints = np.cumsum(live) - live
+        self.live = _ints([len(block.branches) for block in blocks])
+        self.request: Ints = np.repeat(np.arange(len(groups)), self.live)
+        self.first: Ints = np.cumsum(self.live) - self.live
         self._blocks = blocks
         none = np.zeros((3, 0), dtype=np.int64)
         tokens = np.concatenate([none, *(block.tokens for block in blocks)], axis=1)

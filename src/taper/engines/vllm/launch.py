@@ -65,7 +65,8 @@ class Server:
     ) -> None:
         environ = {**os.environ, **(env or {})}
         token = (config.control_token if config else None) or secrets.token_urlsafe(24)
-        self.config = replace(config or ServerConfig(), control_token=token)
+        secret = (config.group_secret if config else None) or secrets.token_urlsafe(24)
+        self.config = replace(config or ServerConfig(), control_token=token, group_secret=secret)
         self.model = model
         self.stock = stock
         self.log = log
@@ -167,7 +168,11 @@ class Server:
     def client(self, timeout: float = 30.0) -> httpx.Client:
         """A client of this server, with every right; proxies of the environment are left out of it."""
         return httpx.Client(
-            base_url=self.url, headers=self.control_headers, timeout=timeout, trust_env=False, verify=False
+            base_url=self.url,
+            headers=self.control_headers,
+            timeout=timeout,
+            trust_env=False,
+            verify=False,  # noqa: S501 - our own child on this machine, under a name its certificate need not have
         )
 
     def state(self) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def lanes(taper: Regulator, now_s: float) -> list[dict[str, Any]]:
     first = columns.first.tolist()
     progress = list(map(len, columns.output_tokens))
     found = []
-    for group, start in zip(columns.groups[:MAX_LANES], first, strict=False):
-        end = start + len(group.branches)
+    for group, start, live in zip(columns.groups[:MAX_LANES], first, columns.live.tolist(), strict=False):
+        end = start + live
         tokens = group.ended_tokens + sum(progress[start:end])
         slo_s = group.claims.slo.tpot_s
         credit_s = slo_s * (tokens - 1) - (now_s - group.first_token_s)
@@ -88,7 +88,7 @@ def lanes(taper: Regulator, now_s: float) -> list[dict[str, Any]]:
                 "finished": group.ended_branches,
                 "roles": roles[start : min(end, start + MAX_BRANCHES)],
                 "progress": progress[start : min(end, start + MAX_BRANCHES)],
-                "branches": end - start,
+                "branches": len(group.branches),
             }
         )
     return found

@@ -1,21 +1,33 @@
-"""HTTP 400 for bad `taper_*` claims, before vLLM sees the request.
+"""Who may claim what, settled before vLLM sees the request: HTTP 400 for bad claims, and tags sealed per tenant.
 
-vLLM hands `vllm_xargs` to the scheduler unread, where a bad claim can no longer be refused, only ignored.
-Use as `--middleware taper.engines.vllm.middleware.ClaimsMiddleware`.
+vLLM hands `vllm_xargs` to the scheduler unread, where a bad claim can no longer be refused, only ignored, and
+where nobody knows any more who sent it. Use as `--middleware taper.engines.vllm.middleware.ClaimsMiddleware`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
-from taper.claims import parse_claims
+from taper.claims import Claims, check_branches, check_priority, parse_claims
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
-from taper.engines.vllm.routes import error_response
+from taper.engines.vllm.routes import TERMS, error_response, needs_key
+from taper.engines.vllm.terms import Terms
+from taper.tenancy import Tenant, seal, tenant
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+# Every route of vLLM's that hands a JSON body's `vllm_xargs`, or its `sampling_params.extra_args`, to the scheduler.
+PATHS = (
+    "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
+    "/inference/v1/generate", "/invocations", "/v1/taper/chat", "/v1/taper/programs",
+)  # fmt: skip
+# What a body without claims does not contain. A JSON string may spell a letter as an escape, and JSON may be UTF-16.
+SIGNS = (b"taper_", b'"n"', b'"priority"', b"\\u", b"\0")
+SLO_FIELDS = ("taper_tpot_slo_ms", "taper_ttft_slo_ms")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -24,40 +36,139 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """One request body: where its claims are, and how many branches it makes."""
+
+    request: dict[str, Any]
+    given: dict[str, Any]  # inside `request`, so that a change here is one there
+    n: int
+    tagged: int  # branches that one tag binds: n for every prompt
+
+    @classmethod
+    def of(cls, body: bytes) -> Demand | None:
+        """None for a body without claims, and for one that is vLLM's to refuse."""
+        if not any(sign in body for sign in SIGNS):
+            return None
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(request, dict):
+            return None
+        params = request.get("sampling_params")
+        params = params if isinstance(params, dict) else {}
+        found = [at for at in (request.get("vllm_xargs"), params.get("extra_args")) if isinstance(at, dict)]
+        given = next((at for at in found if _has_claims(at)), {})
+        if sum(map(_has_claims, found)) > 1:
+            raise ConfigError("taper_ fields go into vllm_xargs or sampling_params.extra_args, not both")
+        n = max(int(_number(fields.get("n"), 1.0)) for fields in (request, params))
+        prompts = max(_prompts(request.get(name)) for name in ("prompt", "messages"))
+        return cls(request=request, given=given, n=n, tagged=max(n, 1) * prompts)
+
+
 class ClaimsMiddleware:
-    """Plain ASGI: looks into the body of the three generation routes and passes everything else through."""
+    """Plain ASGI: looks into the bodies of the generation routes and passes everything else through."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._config = ServerConfig.from_env()
+        self._terms = Terms(self._config)  # where the endpoint plugin is not loaded, and nothing changes the SLO
+        secret = self._config.group_secret
+        self._secret = secret.encode() if secret else secrets.token_bytes(32)
+        self._in_flight: Counter[str] = Counter()  # branches by sealed tag
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
             await self._app(scope, receive, send)
             return
         messages = await whole_body(receive)
-        body = b"".join(message.get("body", b"") for message in messages)
-        error = self._refusal(body)
-        if error is not None:
-            await error_response(400, error)(scope, receive, send)
-            return
-        await self._app(scope, replay(messages, receive), send)
-
-    def _refusal(self, body: bytes) -> str | None:
-        """Why the claims in `body` are refused; None for none, or for a body that is vLLM's to refuse."""
-        if b"taper_" not in body and b"\\u" not in body:  # a JSON string may spell a letter as an escape
-            return None
         try:
-            claims = json.loads(body).get("vllm_xargs")
-        except (ValueError, AttributeError, RecursionError):
-            return None
-        if not isinstance(claims, dict):
-            return None
-        try:
-            parse_claims(claims, self._config.limits, self._config.slo)
+            demand = Demand.of(b"".join(message.get("body", b"") for message in messages))
+            claims = await self._claims(scope, demand) if demand is not None else None
         except ConfigError as error:
-            return str(error)
-        return None
+            await error_response(400, str(error))(scope, receive, send)
+            return
+        if demand is None or claims is None or claims.group is None:
+            await self._app(scope, replay(messages, receive), send)
+        else:
+            await self._pass_sealed(demand, seal(self._secret, _tenant(scope), claims.group), scope, receive, send)
+
+    async def _pass_sealed(self, demand: Demand, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """The request goes on under `tag`, which counts its branches for as long as it runs."""
+        running, most = self._in_flight[tag], self._config.limits.max_branches
+        if running + demand.tagged > most:
+            message = f"taper_group has {running} branches in flight; this server allows {most}"
+            await error_response(429, message)(scope, receive, send)
+            return
+        demand.given["taper_group"] = tag
+        self._in_flight[tag] += demand.tagged
+        try:
+            await self._app(*_with_body(scope, receive, json.dumps(demand.request).encode()), send)
+        finally:
+            self._in_flight[tag] -= demand.tagged
+            if not self._in_flight[tag]:
+                del self._in_flight[tag]
+
+    async def _claims(self, scope: Scope, demand: Demand) -> Claims:
+        """Raises `ConfigError` for a claim out of bounds, naming its field."""
+        terms = getattr(_state(scope), TERMS, self._terms)
+        if getattr(_args(scope), "scheduling_policy", "fcfs") == "priority":
+            check_priority(_number(demand.request.get("priority"), 0.0), terms.limits)
+        slo = await terms.slo() if any(name in demand.given for name in SLO_FIELDS) else self._config.slo
+        claims = parse_claims(demand.given, terms.limits, slo)
+        check_branches("n", demand.n, terms.limits)
+        if claims.group is not None:
+            check_branches("taper_group", demand.tagged, terms.limits)
+        return claims
+
+
+def _has_claims(fields: dict[str, Any]) -> bool:
+    return any(name.startswith("taper_") for name in fields)
+
+
+def _prompts(value: Any) -> int:
+    """A list of texts, of token lists or of conversations is many; token ids, or messages, are one."""
+    is_many = isinstance(value, list) and len(value) > 0 and isinstance(value[0], (str, list))
+    return len(value) if is_many else 1
+
+
+def _number(value: Any, default: float) -> float:
+    """What vLLM will read there, be it a string; `default` for what it will refuse or has a default for."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return number if abs(number) < 2**63 else default
+
+
+def _state(scope: Scope) -> Any:
+    return getattr(scope.get("app"), "state", None)
+
+
+def _args(scope: Scope) -> Any:
+    """vLLM's command line."""
+    return getattr(_state(scope), "args", None)
+
+
+def _tenant(scope: Scope) -> Tenant:
+    """By the bearer token and the peer's address; a forwarded address only where uvicorn was told to trust it."""
+    authorization = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+    scheme, _, token = authorization.decode("latin-1").partition(" ")
+    peer = scope.get("client")
+    return tenant(
+        key=token if scheme.lower() == "bearer" else None,
+        origin=peer[0] if peer else None,
+        checks_keys=needs_key(_args(scope)),
+    )
+
+
+def _with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:
+    """The scope and the messages of the same request with another body; `receive` is past the first one."""
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"content-length"]
+    headers.append((b"content-length", str(len(body)).encode()))
+    message = {"type": "http.request", "body": body, "more_body": False}
+    return {**scope, "headers": headers}, replay([message], receive)
 
 
 async def whole_body(receive: Receive) -> list[Message]:

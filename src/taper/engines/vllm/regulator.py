@@ -48,11 +48,12 @@ class Regulator:
         self.slo: Slo = config.slo
         self.seam_report = compat.check_seams()
         self.profile: Profile | None = parse_profile(config.profile) if config.profile else None
-        self.controller = _controller(self.profile, resolve_policy(config.policy), config.knobs)
+        self.controller = _controller(self.profile, resolve_policy(config.policy), config.knobs, config.slo)
         self.table = GroupTable(
             block_tokens=seam.block_tokens,
             hash_block_tokens=seam.hash_block_tokens,
             caches_prefixes=seam.caches_prefixes,
+            max_rows=seam.max_rows,
         )
         self.meter = StepMeter()
         self.window = Window(since_s=clock())
@@ -74,9 +75,10 @@ class Regulator:
     def use_slo(self, slo: Slo) -> None:
         """A new default; requests in flight are held to it too, within what they claimed."""
         self.slo = slo
+        self.controller.promise_s = slo.tpot_s
         for group in self.table.groups.values():
             try:
-                claims = parse_claims(group.extra_args, self.config.limits, slo)
+                claims = self._parsed(group.extra_args)
             except ConfigError:
                 claims = replace(group.claims, slo=slo)
             self.table.set_claims(group, claims)
@@ -87,7 +89,7 @@ class Regulator:
         if profile is not None:
             self.controller.replace(latency=profile.latency())
         else:
-            self.controller = _controller(None, self.controller.policy, self.controller.knobs)
+            self.controller = _controller(None, self.controller.policy, self.controller.knobs, self.slo)
 
     # --- requests come and go ---
 
@@ -116,12 +118,16 @@ class Regulator:
         Behind `ClaimsMiddleware` none are refused here: the client got its HTTP 400.
         """
         try:
-            return parse_claims(compat.extra_args(request), self.config.limits, self.slo)
+            return self._parsed(compat.extra_args(request))
         except ConfigError as error:
             if not self.rejected_claims:
                 logger.warning("claims of %s refused, later ones only count: %s", request.request_id, error)
             self.rejected_claims += 1
             return Claims(group=None, slo=self.slo, priority=0.0)
+
+    def _parsed(self, extra_args: dict[str, Any] | None) -> Claims:
+        sealed_only = self.config.group_secret is not None
+        return parse_claims(extra_args, self.config.limits, self.slo, sealed_only=sealed_only)
 
     # --- around schedule() ---
 
@@ -150,6 +156,7 @@ class Regulator:
         with self._guarded():
             now_s = self.clock()
             self.ran_last = output.num_scheduled_tokens
+            self.table.note_starts(new.req_id for new in output.scheduled_new_reqs)
             if not output.total_num_scheduled_tokens:
                 self._spins = bool(enforced.deferred or enforced.held)
                 self.meter.interrupted()
@@ -301,6 +308,6 @@ class Regulator:
             self.window.fallbacks += 1
 
 
-def _controller(profile: Profile | None, policy: Policy, knobs: Knobs) -> Controller:
+def _controller(profile: Profile | None, policy: Policy, knobs: Knobs, slo: Slo) -> Controller:
     latency = profile.latency() if profile else UNCALIBRATED
-    return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None)
+    return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None, promise_s=slo.tpot_s)

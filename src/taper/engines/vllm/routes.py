@@ -27,7 +27,10 @@ from taper.engines.vllm import compat
 from taper.engines.vllm.launch import CONTROL_HEADER
 from taper.engines.vllm.metrics import CONTENT_TYPE, Exposition
 from taper.engines.vllm.page import PAGE, StaticFiles
+from taper.engines.vllm.terms import Terms
 from taper.engines.vllm.watch import EnginesAway, LiveFeed, Poll
+
+TERMS = "taper_terms"  # attribute of the application's state, for `ClaimsMiddleware`
 
 
 class TaperEndpoints:
@@ -38,6 +41,7 @@ class TaperEndpoints:
 
     def __init__(self) -> None:
         self._config = ServerConfig.from_env()
+        self.terms = Terms(self._config)
         self._engines: Any = None
         self._static = StaticFiles()
         self._feed = LiveFeed(self._call)
@@ -62,8 +66,10 @@ class TaperEndpoints:
                 "model": model,
                 "engines": ranks,
                 "allows_control": self._config.allow_control,
-                "needs_key": bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY")),
+                "needs_key": needs_key(args),
             }
+            self.terms.follow(lambda: self._call("taper_snapshot"))
+            setattr(state, TERMS, self.terms)
             self._metrics.serve(Poll(lambda: self._call("taper_snapshot")), model=model, ranks=ranks)
 
     async def metrics(self, request: Request) -> Response:
@@ -92,7 +98,7 @@ class TaperEndpoints:
             return _forbidden()
         try:
             patch = json.loads(await request.body())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return error_response(400, f"the patch is not JSON: {error}")
         if not isinstance(patch, dict):
             return error_response(400, f"the patch must be a JSON object, not {type(patch).__name__}")
@@ -110,6 +116,7 @@ class TaperEndpoints:
         refusals = [answer["error"] for answer in answers if isinstance(answer, dict) and "error" in answer]
         if refusals:
             return error_response(400, refusals[0])
+        self.terms.heard(answers)
         return JSONResponse({"engines": answers})
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
@@ -120,6 +127,11 @@ class TaperEndpoints:
             return True
         token, given = self._config.control_token, request.headers.get(CONTROL_HEADER)
         return bool(token and given and hmac.compare_digest(token.encode(), given.encode()))
+
+
+def needs_key(args: Any) -> bool:
+    """Whether the server checks API keys; `args` is its command line, None where unknown."""
+    return bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY"))
 
 
 def _is_foreign(request: Request) -> bool:
@@ -142,5 +154,6 @@ def error_response(status: int, message: str) -> JSONResponse:
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
-    kind = "BadRequestError" if status == 400 else "PermissionDeniedError" if status == 403 else "APIError"
+    kinds = {400: "BadRequestError", 403: "PermissionDeniedError", 429: "RateLimitError"}
+    kind = kinds.get(status, "APIError")
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}

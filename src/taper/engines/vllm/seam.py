@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import filterfalse
 from typing import Any
 
 from taper.engines.vllm.compat import installed
 from taper.engines.vllm.facts import engine_facts
+
+START_QUEUES = ("waiting", "skipped_waiting")  # the latter up to 0.30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """One of the scheduler's queues while a short one stands in for it."""
+
+    name: str
+    queue: Any
+    kept: list[Any]  # what the short one began with
+    live: int  # requests that the scheduler had then
 
 
 class SchedulerSeam:
@@ -97,25 +111,42 @@ class SchedulerSeam:
                 # The list is shared between requests, so it is replaced and not emptied.
                 request.spec_token_ids = []
 
-    def hold(self, requests: set[Any]) -> list[tuple[Any, list[Any]]]:
-        """Take requests out of the queues that starts are taken from; give the result to `release`."""
-        held = []
-        queues = [self._scheduler.waiting]
-        if hasattr(self._scheduler, "skipped_waiting"):  # up to 0.30
-            queues.append(self._scheduler.skipped_waiting)
-        for queue in queues:
-            taken = [request for request in queue if request in requests]
-            if taken:
-                queue.remove_requests(taken)
-                held.append((queue, taken))
-        return held
+    def hold(self, requests: Set[Any]) -> list[SetAside]:
+        """Give the coming call queues without these requests; give the result to `release`.
 
-    def release(self, held: list[tuple[Any, list[Any]]]) -> None:
-        """Put held requests back at the front of their queue, in the order they had."""
-        for queue, taken in held:
-            # A request that ended meanwhile has no place in a queue.
-            alive = [request for request in taken if not request.is_finished()]
-            queue.prepend_requests(reversed(alive) if hasattr(queue, "extendleft") else alive)
+        The queue itself is set aside untouched: taking thousands out of it and putting them back costs more than a
+        copy of the few that stay.
+        """
+        aside = []
+        for name in START_QUEUES:
+            queue: Any = getattr(self._scheduler, name, ())
+            kept = list(filterfalse(requests.__contains__, _members(queue)))
+            if len(kept) < len(queue):
+                short = type(queue)()
+                for request in kept:
+                    short.add_request(request)
+                setattr(self._scheduler, name, short)
+                aside.append(SetAside(name=name, queue=queue, kept=kept, live=len(self._scheduler.requests)))
+        return aside
+
+    def release(self, aside: list[SetAside]) -> None:
+        """The whole queues again, less what has left the short ones and with what has come into them in front."""
+        for one in aside:
+            short = getattr(self._scheduler, one.name)
+            left, known = set(_members(short)), set(one.kept)
+            gone = [request for request in one.kept if request not in left]
+            come = [request for request in short if request not in known]
+            if len(self._scheduler.requests) < one.live:  # a request that ended meanwhile has no place in a queue
+                gone += [request for request in _members(one.queue) if request.is_finished()]
+            if gone:
+                one.queue.remove_requests(gone)
+            one.queue.prepend_requests(reversed(come) if hasattr(short, "extendleft") else come)
+            setattr(self._scheduler, one.name, one.queue)
+
+
+def _members(queue: Any) -> Any:
+    """The queue's requests, of a priority queue in no order: in order it sorts itself anew each time."""
+    return getattr(queue, "_heap", queue)
 
 
 def step_rows(output: Any) -> tuple[int, int, int]:

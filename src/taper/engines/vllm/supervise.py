@@ -24,6 +24,7 @@ AUTO, SKIP = "auto", "skip"
 FURTHEST_OFF = 2.0  # measured / predicted, either way, beyond which a cached profile is made anew
 STOP_GRACE_S = 30.0
 POLL_S = 0.2
+ENDED_BY_ITSELF_STATUS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,8 @@ class ServeOptions:
 
 def serve(options: ServeOptions, console: Console) -> int:
     """Run the server until it ends or a signal ends it; returns the exit status, the server's own.
+
+    A vLLM whose engine died ends with status 0. Here that is 1, so that whoever restarts what failed does.
 
     Raises `ConfigError` before or, for a profile of another machine, after the engine start.
     """
@@ -60,15 +63,17 @@ def serve(options: ServeOptions, console: Console) -> int:
             )
             _announce(server, options, profile, how, console)
             _wait(server, stop)
+            if not stop:
+                _fail(console, f"the vLLM server ended by itself, with status {_exit_status(server.poll())}")
         except ServerError as error:
             ended = server.poll()
             if ended is None and not stop:
                 raise
             if not stop:
-                console.print(f"taper: {error}", style="red", highlight=False, soft_wrap=True)
+                _fail(console, str(error))
         finally:
-            status = server.stop(STOP_GRACE_S)
-    return _exit_status(status)
+            status = _stopped(server, stop)
+    return _exit_status(status) or (0 if stop else ENDED_BY_ITSELF_STATUS)
 
 
 def obtain_profile(
@@ -148,14 +153,17 @@ def _announce(server: Server, options: ServeOptions, profile: Profile | None, ho
 
 
 def _wait(server: Server, stop: list[int]) -> None:
-    """Until the server is gone, or has had its grace after a signal."""
-    asked_s: float | None = None
-    while server.poll() is None:
-        if stop and asked_s is None:
-            asked_s = time.monotonic()
-        if asked_s is not None and time.monotonic() - asked_s > STOP_GRACE_S:
-            return
+    """Until the server is gone or a signal came."""
+    while server.poll() is None and not stop:
         time.sleep(POLL_S)
+
+
+def _stopped(server: Server, stop: list[int]) -> int | None:
+    """Its exit status. One that has its signal gets its grace and no second signal, which would cut that short."""
+    deadline_s = time.monotonic() + STOP_GRACE_S
+    while stop and server.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    return server.stop(0.0 if stop else STOP_GRACE_S)
 
 
 @contextmanager
@@ -180,6 +188,10 @@ def _exit_status(returncode: int | None) -> int:
     if returncode is None:
         return 1
     return 128 - returncode if returncode < 0 else returncode
+
+
+def _fail(console: Console, reason: str) -> None:
+    console.print(f"taper: {reason}", style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def _say(console: Console, line: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Frame:
     columns: Columns
     branch: Ints  # (B,) index into `columns`
     withheld: Ints  # indices into `columns` of branches that must not start in this step
+    extras: set[Any]  # the requests of all extra branches; those out of sight must not start either
 
 
 def build(
@@ -87,6 +89,7 @@ def build(
         columns=columns,
         branch=branch,
         withheld=withheld,
+        extras=table.extras,
         view=StepView(
             now_s=now_s,
             arrival_s=columns.arrival_s[shown],

@@ -121,7 +121,7 @@ class SprintParser(TaggedParser):
             self._prompt = (tag.id, [])
 
     def _add_prompt(self) -> None:
-        assert self._prompt is not None
+        assert self._prompt is not None  # noqa: S101 - narrows the type, checks no input
         label, text = self._prompt
         self._prompt = None
         self._items.add(label, "".join(text).strip())
