@@ -5,6 +5,7 @@ The error's text must survive a log and an HTTP answer, so it encodes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import shutil
@@ -178,10 +179,25 @@ def simulate(text: str, folder: Path) -> None:
 
 
 def refuse_claims(text: str, folder: Path) -> None:
+    """A request with these claims at the door of the server: it passes, or it is answered 400."""
     middleware = pytest.importorskip("taper.engines.vllm.middleware")
-    refusal = middleware.ClaimsMiddleware(None)._refusal(f'{{"vllm_xargs": {text}}}'.encode("utf-8", "surrogatepass"))
-    if refusal is not None:
-        raise ConfigError(refusal)
+    body = f'{{"vllm_xargs": {text}}}'.encode("utf-8", "surrogatepass")
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "client": ("h", 1)}
+    answers: list[int] = []
+
+    async def passed(scope: Any, receive: Any, send: Any) -> None:
+        answers.append(200)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        answers.extend([message["status"]] if "status" in message else [])
+
+    asyncio.run(middleware.ClaimsMiddleware(passed)(scope, receive, send))
+    assert answers in ([200], [400])
+    if answers == [400]:
+        raise ConfigError("refused")
 
 
 @dataclass(frozen=True)

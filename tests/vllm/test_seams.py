@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +103,6 @@ def test_one_name_gives_the_subclass_for_the_mode(make, is_async):
 
 def test_bad_settings_stop_the_start(make):
     config = server_config()
-    config.profile["coefficients"] = {"base_s": -1}
+    profile = {**config.profile, "coefficients": {"base_s": -1}}
     with pytest.raises(ConfigError):
-        make(config=config)
+        make(config=replace(config, profile=profile))
