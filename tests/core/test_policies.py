@@ -108,11 +108,14 @@ def test_taper_serves_the_least_credit_first_then_age_and_priority_before_both()
     assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
 
 
-def test_credit_counts_in_slos_so_that_the_tighter_promise_of_two_is_served_first():
-    loose = branching(40, tokens=11, tpot_slo_s=0.1)  # 1 s ahead, 10 tokens
-    tight = branching(40, tokens=11, tpot_slo_s=0.05, first_token_s=-0.1)  # 0.4 s ahead, 8 tokens
-    ahead = branching(40, tokens=31, tpot_slo_s=0.02)  # 0.6 s ahead, but 30 tokens
+def test_credit_counts_in_horizons_of_slos_and_within_one_the_oldest_is_first():
+    loose = branching(40, tokens=21, tpot_slo_s=0.1, arrival_s=-9.0)  # 2 s ahead: 20 tokens, the second horizon
+    ahead = branching(40, tokens=41, tpot_slo_s=0.02, arrival_s=-9.0)  # 0.8 s ahead, but 40 tokens: the third
+    tight = branching(40, tokens=11, tpot_slo_s=0.05)  # 10 tokens ahead: the first
     view = make_view(loose, ahead, tight, serial(tokens=1))
+    assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
+    older = branching(40, tokens=13, tpot_slo_s=0.05, arrival_s=-1.0)
+    view = make_view(loose, tight, older, serial(tokens=1))
     assert widths(view, plan_of("taper", view)) == [1, 1, 37, 1]
 
 

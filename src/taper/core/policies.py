@@ -100,7 +100,8 @@ class Taper:
     1. Requests that miss even at width 1 leave the minimum; they keep their protected row. So do those that would
        miss the server's own SLO and claimed a looser one: a claim gives nobody more say than no claim.
     2. The budget is the least time any other request allows, a branching one counted at its full width.
-    3. Extras are admitted while T(S) fits it, to the request with the least credit, counted in its SLOs, first.
+    3. Extras are admitted while T(S) fits it, to the requests with the least credit first, counted in horizons of their
+       own SLOs, and among equals to the oldest: any finer, and those that came together would be late together.
     While anything branches, prompt tokens mixed into the step are bounded by the same slack.
     """
 
@@ -126,7 +127,8 @@ class Taper:
         slack_min_s = float(allowed_s[binding].min(initial=np.inf))
         limit_s = max(slack_min_s, guidance.floor_s)
         budget.prefill_limit_tokens = prefill_limit(view, predict, knobs, decode_s=decode_s, limit_s=limit_s)
-        order = np.lexsort((view.arrival_s, credit / view.tpot_slo_s, -view.priority, lost))
+        urgency = np.floor(credit / (knobs.horizon_steps * view.tpot_slo_s))
+        order = np.lexsort((view.arrival_s, urgency, -view.priority, lost))
         width = budget.admit(budget.protected, order, limit_s)
         # Without branches the engine runs as stock, prompt chunks included.
         branching = len(view.request) > len(view.tokens)
