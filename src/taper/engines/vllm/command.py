@@ -207,7 +207,7 @@ def _degree(args: Sequence[str], *spellings: str) -> int | None:
 
 
 def cpu_binding(cpus: set[int], workers: int) -> str:
-    """An equal part of `cpus` for each worker, as vLLM writes it: "0-1|2-3". With fewer CPUs than workers they share."""
+    """An equal part of `cpus` for each worker, as vLLM writes it: "0-1|2-3". Too few of them are shared."""
     ordered = sorted(cpus)
     size = max(len(ordered) // workers, 1)
     starts = [at * size % len(ordered) for at in range(workers)]
