@@ -31,6 +31,7 @@ PATHS = (
 )  # fmt: skip
 # What a body without claims does not contain. A JSON string may spell a letter as an escape, and JSON may be UTF-16.
 SIGNS = (b"taper_", b'"n"', b'"priority"', b"\\u", b"\0")
+RANK = RANK_HEADER.lower().encode()
 SLO_FIELDS = ("taper_tpot_slo_ms", "taper_ttft_slo_ms")
 
 Scope = MutableMapping[str, Any]
@@ -124,11 +125,11 @@ class ClaimsMiddleware:
         """The scope of a request with branches names an engine replica, where there are several and it names none."""
         replicas = compat.replicas(getattr(_state(scope), "engine_client", None))
         branches_out = tag is not None or demand.n > 1
-        if replicas < 2 or not branches_out or any(name.lower() == RANK_HEADER for name, _ in scope["headers"]):
+        if replicas < 2 or not branches_out or any(name.lower() == RANK for name, _ in scope["headers"]):
             yield scope
             return
         with self._placement.place(tag, branches=demand.tagged, replicas=replicas) as rank:
-            yield {**scope, "headers": [*scope["headers"], (RANK_HEADER, str(rank).encode())]}
+            yield {**scope, "headers": [*scope["headers"], (RANK, str(rank).encode())]}
 
     async def _claims(self, scope: Scope, demand: Demand) -> Claims:
         """Raises `ConfigError` for a claim out of bounds, naming its field."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from taper.claims import SEALED
 
-RANK_HEADER = b"x-data-parallel-rank"  # vLLM's own: it obeys it for every branch of the request
+RANK_HEADER = "X-data-parallel-rank"  # vLLM's own: it obeys it for every branch of the request
 
 
 class Placement:
