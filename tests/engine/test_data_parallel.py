@@ -160,7 +160,7 @@ def test_the_page_shows_either_engine(two, browser):
         pool.submit(watched, two, [{"n": 3, "max_tokens": 300}], **{RANK: "1"})
         until(tab, "!document.getElementById('engine-box').hidden")
         assert tab.locator("#engine option").all_inner_texts() == ["0", "1"]
-        until(tab, "document.getElementById('lanes-note').textContent.startsWith('no request')")
+        until(tab, "document.getElementById('lanes-note').textContent.startsWith('0 requests')")
         tab.select_option("#engine", index=1)
         until(tab, "/^1 request, /.test(document.getElementById('lanes-note').textContent)")
 
