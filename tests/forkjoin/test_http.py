@@ -36,6 +36,7 @@ from taper.engines.vllm.programs import ChatSwitch, ProgramMetrics
 from taper.engines.vllm.terms import Terms
 from taper.forkjoin.routes import CHAT_PATH, ProgramRoutes
 from taper.forkjoin.service import COUNTS
+from taper.forkjoin.wire import ASKS_NOTHING
 from tests.forkjoin.test_run import multiverse
 from tests.forkjoin.toy import ToyEngine
 
@@ -228,6 +229,16 @@ def test_a_program_can_be_pinned_to_a_replica(headers, status):
     answer = TestClient(application(engine)).post("/v1/taper/programs", json=body, headers=headers)
     assert answer.status_code == status
     assert [run["replica"] for run in engine.runs] == ([1, 1] if status == 200 else [])
+
+
+def test_what_a_router_adds_to_a_chat_completion_asks_for_nothing():
+    body = {"messages": CHAT, "taper": {"protocol": "multiverse"}}
+    app = application(ToyEngine(multiverse))
+    assert post(app, "/v1/chat/completions", body | ASKS_NOTHING).status_code == 200
+    for name, value in ASKS_NOTHING.items():
+        answer = post(app, "/v1/chat/completions", body | {name: not value})
+        assert (answer.status_code, name in answer.text) == (422, True)
+    assert post(app, "/v1/chat/completions", body | {"logprobs": 0}).status_code == 422
 
 
 def test_a_server_without_an_engine_says_so():

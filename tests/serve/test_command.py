@@ -93,6 +93,33 @@ def test_cpu_list(cpus: set[int], wanted: str) -> None:
     assert command.cpu_list(cpus) == wanted
 
 
+@pytest.mark.parametrize(
+    ("cpus", "workers", "wanted"),
+    [
+        ({0, 1}, 1, "0-1"),
+        ({0, 1}, 2, "0|1"),
+        ({0, 1, 4, 5, 6}, 2, "0-1|4-5"),
+        ({0, 1}, 3, "0|1|0"),
+    ],
+)
+def test_workers_share_the_cpus(cpus: set[int], workers: int, wanted: str) -> None:
+    assert command.cpu_binding(cpus, workers) == wanted
+
+
+@pytest.mark.parametrize(
+    ("args", "workers"),
+    [
+        ("", 1),
+        ("--data-parallel-size 2", 2),
+        ("-dp 4 --data_parallel_size_local=2 -tp 2", 4),
+        ("--tensor-parallel-size 2 --pipeline-parallel-size=3", 6),
+        ("--data-parallel-size two", 1),
+    ],
+)
+def test_workers_of_this_machine(args: str, workers: int) -> None:
+    assert command.local_workers(args.split()) == workers
+
+
 def discovered(*groups: str) -> set[str]:
     return {point.name for group in groups for point in entry_points(group=group)}
 
@@ -137,7 +164,8 @@ def test_the_environment_of_a_stock_child() -> None:
 def test_the_environment_of_the_embedded_model_yields_to_the_users() -> None:
     env = command.child_env({}, config=None, embedded=True)
     assert env["VLLM_CPU_KVCACHE_SPACE"] == command.EMBEDDED_KV_GIB
-    assert env["VLLM_CPU_OMP_THREADS_BIND"]
+    assert env["VLLM_CPU_OMP_THREADS_BIND"].count("|") == 0
+    assert command.child_env({}, config=None, embedded=True, workers=2)["VLLM_CPU_OMP_THREADS_BIND"].count("|") == 1
     own = {"VLLM_CPU_KVCACHE_SPACE": "9", "VLLM_CPU_OMP_THREADS_BIND": "all"}
     env = command.child_env(own, config=None, embedded=True)
     assert env | own == env

@@ -260,6 +260,88 @@ def test_branches_in_flight_under_one_tag_are_bounded_and_come_free(monkeypatch)
     assert sorted(statuses) == [("a", 200), ("a", 200), ("a", 200), ("a", 429), ("b", 200)]
 
 
+class Floor:
+    """The application behind the middleware: notes the rank of every request, and keeps it until told."""
+
+    def __init__(self, replicas=2, *, local_only=False):
+        parallel = SimpleNamespace(
+            data_parallel_size=replicas, data_parallel_size_local=2, local_engines_only=local_only
+        )
+        client = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+        self.state = SimpleNamespace(args=None, engine_client=client)
+        self.ranks = []
+        self.gate = asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        ranks = [int(value) for name, value in scope["headers"] if name == b"x-data-parallel-rank"]
+        self.ranks.append(ranks[0] if ranks else None)
+        await self.gate.wait()
+
+    def serve(self, *bodies, at_once=True, headers=(), door=None):
+        """The rank of each."""
+        door = door or ClaimsMiddleware(self)
+
+        async def one(body):
+            async def receive():
+                return {"type": "http.request", "body": json.dumps(body).encode()}
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "client": ("h", 1)}
+            await door({**scope, "headers": list(headers), "app": SimpleNamespace(state=self.state)}, receive, None)
+
+        async def all_of_them():
+            self.gate = asyncio.Event()
+            calls = []
+            for body in bodies:
+                calls.append(asyncio.create_task(one(body)))
+                await asyncio.sleep(0)
+                if not at_once:
+                    self.gate.set()
+                    await calls[-1]
+            self.gate.set()
+            await asyncio.gather(*calls)
+
+        asyncio.run(all_of_them())
+        return self.ranks[-len(bodies) :]
+
+
+def in_group(group, **fields):
+    return {"vllm_xargs": {"taper_group": group}, **fields}
+
+
+def test_a_group_goes_to_one_engine_and_groups_to_all(monkeypatch):
+    monkeypatch.setenv(ENV_VAR, ServerConfig(group_secret="0123456789abcdef").to_json())
+    groups = [in_group(f"job-{index}") for index in range(64)]
+    ranks = Floor(4).serve(*groups)
+    assert ranks == Floor(4).serve(*reversed(groups))[::-1]  # in another API process, in another order
+    assert ranks == Floor(4).serve(*[{**group, "n": 3} for group in groups], at_once=False)
+    assert set(ranks) == {0, 1, 2, 3}
+
+
+def test_the_branches_of_a_request_go_where_fewest_are():
+    floor = Floor(3)
+    first, *rest = floor.serve({"n": 8}, {"n": 2}, {"n": 3}, {"n": 2}, {"n": 2})
+    assert sorted([first, *rest[:2]]) == [0, 1, 2]
+    assert rest[2] == rest[0]  # 2 branches there, 3 and 8 elsewhere
+    assert rest[3] == rest[1]  # 4, 3, 8
+    door = ClaimsMiddleware(floor)
+    assert sorted(floor.serve({"n": 8}, {"n": 2}, {"n": 2}, at_once=False, door=door)) == [
+        0,
+        1,
+        2,
+    ]  # and they come free
+
+
+def test_only_branches_are_placed_and_only_where_there_is_a_choice_that_nobody_made():
+    serial = [{}, {"n": 1}, {"vllm_xargs": {"taper_priority": -1}}]
+    assert Floor().serve(*serial) == [None] * 3
+    assert Floor(1).serve({"n": 4}, in_group("g")) == [None] * 2
+    for spelling in (b"X-data-parallel-rank", b"x-data-parallel-rank"):
+        floor = Floor(8)
+        floor.serve({"n": 4}, in_group("g"), headers=[(spelling, b"7")])
+        assert floor.ranks == ([7] * 2 if spelling.islower() else [None] * 2)  # as it came
+    assert set(Floor(8, local_only=True).serve(*[{"n": 2}] * 8)) == {0, 1}
+
+
 def test_bounds_follow_the_servers_slo(monkeypatch):
     """It starts at 50 ms and is 80 by the time of the request; engines that went away leave the last one known."""
     claim = json.dumps({"vllm_xargs": {"taper_tpot_slo_ms": 60}}).encode()

@@ -6,6 +6,7 @@ POST /v1/chat/completions     ChatRequest, where the body carries `taper`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +17,11 @@ from taper.forkjoin.plan import Budget, Message, OnError
 MAX_TEXT_CHARS = 4_000_000
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 _DEFAULT = Budget()
+# What vllm-router writes into every chat completion that passes it. With these values it asks for nothing.
+ASKS_NOTHING: Mapping[str, bool] = {
+    "logprobs": False, "no_stop_trim": False, "continue_final_message": False, "skip_special_tokens": True,
+    "separate_reasoning": True, "stream_reasoning": True, "return_hidden_states": False, "include_reasoning": True,
+}  # fmt: skip
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -178,6 +184,13 @@ class ChatRequest(SamplingFields):
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: str | None = None
     vllm_xargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_nothing(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not ASKS_NOTHING.get(name, data)}
 
 
 def check_model(name: str | None, known: list[str]) -> str:

@@ -94,8 +94,11 @@ def check_args(args: Sequence[str], *, stock: bool) -> None:
             raise ConfigError(f"{flag} does not go with taper serve: {reason}")
 
 
-def child_env(environ: Mapping[str, str], *, config: str | None, embedded: bool) -> dict[str, str]:
-    """The child's environment. `config` is TAPER's configuration as JSON; None: a stock server, without any."""
+def child_env(environ: Mapping[str, str], *, config: str | None, embedded: bool, workers: int = 1) -> dict[str, str]:
+    """The child's environment. `config` is TAPER's configuration as JSON; None: a stock server, without any.
+
+    workers: worker processes on this machine, which share its CPUs.
+    """
     env = dict(environ)
     env["VLLM_PLUGINS"] = plugin_list(environ.get("VLLM_PLUGINS"), taper=config is not None)
     env.pop(ENV_VAR, None)
@@ -105,7 +108,7 @@ def child_env(environ: Mapping[str, str], *, config: str | None, embedded: bool)
         env.setdefault("FORWARDED_ALLOW_IPS", "")
     if embedded and is_cpu_build():
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", EMBEDDED_KV_GIB)
-        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpu_list(os.sched_getaffinity(0)))
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", cpu_binding(os.sched_getaffinity(0), workers))
     return env
 
 
@@ -189,6 +192,26 @@ def connect_host(host: str) -> str:
 
 def scheme(args: Sequence[str]) -> str:
     return "https" if has_flag(args, "--ssl-certfile") or has_flag(args, "--ssl-keyfile") else "http"
+
+
+def local_workers(args: Sequence[str]) -> int:
+    """Worker processes that `args` put on this machine; 1 where they cannot be read, which is vLLM's to refuse."""
+    engines = _degree(args, "--data-parallel-size-local", "-dpl") or _degree(args, "--data-parallel-size", "-dp") or 1
+    tensor = _degree(args, "--tensor-parallel-size", "-tp") or 1
+    return engines * tensor * (_degree(args, "--pipeline-parallel-size", "-pp") or 1)
+
+
+def _degree(args: Sequence[str], *spellings: str) -> int | None:
+    given = next((value for flag in spellings if (value := value_of(args, flag))), "")
+    return int(given) if re.fullmatch("[1-9][0-9]{0,3}", given) else None
+
+
+def cpu_binding(cpus: set[int], workers: int) -> str:
+    """An equal part of `cpus` for each worker, as vLLM writes it: "0-1|2-3". Too few of them are shared."""
+    ordered = sorted(cpus)
+    size = max(len(ordered) // workers, 1)
+    starts = [at * size % len(ordered) for at in range(workers)]
+    return "|".join(cpu_list(set(ordered[start : start + size])) for start in starts)
 
 
 def cpu_list(cpus: set[int]) -> str:

@@ -206,6 +206,16 @@ def engine_ranks(engine_client: Any) -> list[int]:
     return [int(rank) for rank in getattr(core, "engine_ranks_managed", range(len(core.core_engines)))]
 
 
+def replicas(engine_client: Any) -> int:
+    """Engine replicas that `data_parallel_rank` chooses from; 1 where there is no engine."""
+    if engine_client is None:
+        return 1
+    parallel = engine_client.vllm_config.parallel_config
+    # Behind an outer load balancer this server reaches its own engines only.
+    here_only = parallel.local_engines_only
+    return int(parallel.data_parallel_size_local if here_only else parallel.data_parallel_size)
+
+
 def served_model(engine_client: Any) -> str:
     """The name that vLLM's own metrics carry as `model_name`."""
     return str(engine_client.vllm_config.model_config.served_model_name)

@@ -17,6 +17,7 @@ from taper.core.calibration import Samples
 from taper.core.types import ConfigError
 from taper.engines.vllm.grid import PREFIXES, Visit
 from taper.engines.vllm.launch import ServerError, answer_of
+from taper.engines.vllm.placement import RANK_HEADER
 
 PROMPTS_PER_VISIT = 2  # of a visit with prompts beside its rows
 STEPS_BETWEEN_PROMPTS = 2
@@ -49,7 +50,7 @@ class Driver:
         self._step_s = 0.0  # of the last visit
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers=dict(headers),
+            headers={**headers, RANK_HEADER: "0"},  # one engine: vLLM would spread the rows of a visit over all
             timeout=REQUEST_TIMEOUT_S,
             trust_env=False,
             verify=False,  # noqa: S501 - our own server on this machine, under a name its certificate need not have

@@ -81,7 +81,12 @@ class Server:
             args += ["--host", host]
         self.url = f"{command.scheme(args)}://{command.connect_host(host)}:{self.port}"
         self.argv = [sys.executable, *command.server_command(model, args, stock=stock)]
-        self.env = command.child_env(environ, config=None if stock else self.config.to_json(), embedded=embedded)
+        self.env = command.child_env(
+            environ,
+            config=None if stock else self.config.to_json(),
+            embedded=embedded,
+            workers=command.local_workers(args),
+        )
         self._host = host
         self._api_key = command.value_of(args, "--api-key") or environ.get("VLLM_API_KEY")
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,4 +1,5 @@
-"""Who may claim what, settled before vLLM sees the request: HTTP 400 for bad claims, and tags sealed per tenant.
+"""Who may claim what, settled before vLLM sees the request: HTTP 400 for bad claims, tags sealed per tenant, and one
+engine replica for all branches of a request.
 
 vLLM hands `vllm_xargs` to the scheduler unread, where a bad claim can no longer be refused, only ignored, and
 where nobody knows any more who sent it. Use as `--middleware taper.engines.vllm.middleware.ClaimsMiddleware`.
@@ -9,13 +10,16 @@ from __future__ import annotations
 import json
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from taper.claims import Claims, check_branches, check_priority, parse_claims
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
+from taper.engines.vllm import compat
+from taper.engines.vllm.placement import RANK_HEADER, Placement
 from taper.engines.vllm.routes import TERMS, error_response, needs_key
 from taper.engines.vllm.terms import Terms
 from taper.tenancy import Tenant, seal, tenant
@@ -27,6 +31,7 @@ PATHS = (
 )  # fmt: skip
 # What a body without claims does not contain. A JSON string may spell a letter as an escape, and JSON may be UTF-16.
 SIGNS = (b"taper_", b'"n"', b'"priority"', b"\\u", b"\0")
+RANK = RANK_HEADER.lower().encode()
 SLO_FIELDS = ("taper_tpot_slo_ms", "taper_ttft_slo_ms")
 
 Scope = MutableMapping[str, Any]
@@ -77,6 +82,7 @@ class ClaimsMiddleware:
         secret = self._config.group_secret
         self._secret = secret.encode() if secret else secrets.token_bytes(32)
         self._in_flight: Counter[str] = Counter()  # branches by sealed tag
+        self._placement = Placement()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
@@ -89,8 +95,11 @@ class ClaimsMiddleware:
         except ConfigError as error:
             await error_response(400, str(error))(scope, receive, send)
             return
-        if demand is None or claims is None or claims.group is None:
+        if demand is None or claims is None:
             await self._app(scope, replay(messages, receive), send)
+        elif claims.group is None:
+            with self._placed(demand, None, scope) as placed:
+                await self._app(placed, replay(messages, receive), send)
         else:
             await self._pass_sealed(demand, seal(self._secret, _tenant(scope), claims.group), scope, receive, send)
 
@@ -104,11 +113,23 @@ class ClaimsMiddleware:
         demand.given["taper_group"] = tag
         self._in_flight[tag] += demand.tagged
         try:
-            await self._app(*_with_body(scope, receive, json.dumps(demand.request).encode()), send)
+            with self._placed(demand, tag, scope) as placed:
+                await self._app(*_with_body(placed, receive, json.dumps(demand.request).encode()), send)
         finally:
             self._in_flight[tag] -= demand.tagged
             if not self._in_flight[tag]:
                 del self._in_flight[tag]
+
+    @contextmanager
+    def _placed(self, demand: Demand, tag: str | None, scope: Scope) -> Iterator[Scope]:
+        """The scope of a request with branches names an engine replica, where there are several and it names none."""
+        replicas = compat.replicas(getattr(_state(scope), "engine_client", None))
+        branches_out = tag is not None or demand.n > 1
+        if replicas < 2 or not branches_out or any(name.lower() == RANK for name, _ in scope["headers"]):
+            yield scope
+            return
+        with self._placement.place(tag, branches=demand.tagged, replicas=replicas) as rank:
+            yield {**scope, "headers": [*scope["headers"], (RANK, str(rank).encode())]}
 
     async def _claims(self, scope: Scope, demand: Demand) -> Claims:
         """Raises `ConfigError` for a claim out of bounds, naming its field."""

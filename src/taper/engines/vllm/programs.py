@@ -38,10 +38,7 @@ class VllmEngine:
         self.models: Sequence[str] = tuple(args.served_model_name or [args.model])
         self.max_model_tokens = int(config.model_config.max_model_len)
         self.max_rows = int(config.scheduler_config.max_num_seqs)
-        parallel = config.parallel_config
-        # Behind an outer load balancer this server reaches its own engines only.
-        here_only = parallel.local_engines_only
-        self.replicas = int(parallel.data_parallel_size_local if here_only else parallel.data_parallel_size)
+        self.replicas = compat.replicas(engine_client)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
