@@ -193,7 +193,7 @@ def test_the_death_of_one_engine_ends_the_server_and_the_requests_of_the_other(t
             return await asyncio.gather(*calls)
 
     for lines in asyncio.run(run()):
-        assert '"error"' in lines[-2]
+        assert '"error"' in lines[-2] or '"finish_reason":"abort"' in lines[-2]  # both were seen
         assert lines[-1] == "data: [DONE]"
     deadline = time.monotonic() + GRACE_S
     while two.poll() is None and time.monotonic() < deadline:
