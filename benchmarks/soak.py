@@ -29,10 +29,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-import altair as alt
 import httpx
 import numpy as np
-import vl_convert
 
 from taper.bench import machine
 from taper.bench.campaign import Campaign
@@ -314,6 +312,9 @@ def counters(found: Outcome) -> dict[str, Any]:
 
 def picture(found: Outcome, minutes: Sequence[dict[str, Any]]) -> bytes:
     """Memory over time, and attainment per minute and class, as a PNG."""
+    import altair as alt  # of the extra `report`: the run itself needs neither
+    import vl_convert
+
     held = [
         {"minute": one["at_s"] / 60, "process": name, "mib": process["rss_mib"]}
         for one in found.samples
