@@ -235,6 +235,17 @@ async def soak(options: argparse.Namespace, out: IO[str]) -> Outcome:
     )  # fmt: skip
 
 
+def about() -> dict[str, Any]:
+    """Of what a run was made; asked for before it starts, since half an hour later the tree may be another."""
+    return {
+        "schema": "taper.soak/1",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": machine.commit(),
+        "machine": asdict(machine.describe()),
+    }
+
+
 def account(found: Outcome, options: argparse.Namespace) -> dict[str, Any]:
     """The summary: memory, errors, attainment, throughput."""
     regime, result = found.regime, found.result
@@ -243,11 +254,6 @@ def account(found: Outcome, options: argparse.Namespace) -> dict[str, Any]:
     named = ("goodput_tok_s", "raw_tok_s", "ttft_p50_s", "ttft_p95_s", "ttft_sent_p50_s", "ttft_sent_p95_s",
              "tpot_p50_s", "tpot_p95_s", "itl_p99_s", "victims", "victim_tpot_p50_s", "victim_tpot_p95_s")  # fmt: skip
     return {
-        "schema": "taper.soak/1",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": machine.commit(),
-        "machine": asdict(machine.describe()),
         "minutes": options.minutes,
         "warm_up_s": options.warm_up_s,
         "load": options.load,
@@ -366,12 +372,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("soak"), metavar="PREFIX")
     options = parser.parse_args()
     exit_on_sigterm()
+    made_of = about()
     with options.out.with_suffix(".jsonl").open("w", encoding="utf-8") as out:
         found = asyncio.run(soak(options, out))
         minutes = by_minute(found.result.records, CLASSES, slo_tpot_s=found.regime.slo.tpot_s, begin_s=found.begin_s)
         for row in minutes:
             write_line(out, {"line": "minute", **row})
-    summary = account(found, options)
+    summary = made_of | account(found, options)
     options.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     options.out.with_suffix(".png").write_bytes(picture(found, minutes))
     print(json.dumps({name: summary[name] for name in ("outcomes", "served", "memory", "counters")}, indent=1))
