@@ -25,6 +25,7 @@ class ControlClient:
     """Thin client of the endpoints above. `headers` carry the control token where one is needed."""
 
     def __init__(self, *, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 30.0) -> None:
+        self.url = url
         self._http = httpx.AsyncClient(
             base_url=url, headers=dict(headers or {}), timeout=timeout_s, trust_env=not is_loopback(url)
         )

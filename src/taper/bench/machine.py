@@ -99,6 +99,11 @@ def cpu_share(before: CpuTimes | None, after: CpuTimes | None) -> CpuShare | Non
     )
 
 
+def descendants(root: int) -> set[int]:
+    """Process ids of the tree below `root`, itself left out."""
+    return _trees({root}, _processes()) - {root}
+
+
 def _processes() -> dict[int, tuple[int, int]]:
     """Process id -> (parent, CPU ticks)."""
     found: dict[int, tuple[int, int]] = {}
