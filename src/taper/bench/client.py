@@ -110,6 +110,10 @@ class LoadClient:
             played.choices += reader.choices(stage=stage, first=first)
         return self._record(request, sending, played, sent_s)
 
+    def unsent(self, request: Request, sending: Sending, *, error: str) -> RequestRecord:
+        """The record of a request that is given up now, before it is sent."""
+        return self._record(request, sending, _Played(error=error), self._clock())
+
     async def _play(
         self, request: Request, sending: Sending, played: _Played, readers: list[tuple[StreamReader, int, int]]
     ) -> None:

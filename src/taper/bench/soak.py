@@ -43,8 +43,10 @@ class SoakClient:
     async def run(self, request: Request, sending: Sending) -> RequestRecord:
         """Play one request, or reject it where it has waited too long; never raises for a request."""
         now_s = self.clock()
-        if now_s - sending.scheduled_s > self._patience_s:
-            return _rejected(request, sending, now_s)
+        waited_s = now_s - sending.scheduled_s
+        if waited_s > self._patience_s:
+            error = f"{REJECTED}: waited {waited_s:.0f} s for a place in service"
+            return self._client.unsent(request, sending, error=error)
         after_s = abort_after_s(request, share=self._abort_share, step_s=self._step_s)
         if after_s is None or now_s + after_s >= sending.deadline_s:
             return await self._client.run(request, sending)
@@ -60,25 +62,6 @@ def abort_after_s(request: Request, *, share: float, step_s: float) -> float | N
     if rng.random() >= share:
         return None
     return float(rng.random()) * request.critical_path_tokens * step_s
-
-
-def _rejected(request: Request, sending: Sending, now_s: float) -> RequestRecord:
-    return RequestRecord(
-        id=f"{sending.policy}-{sending.round}-{request.index}",
-        policy=sending.policy,
-        round=sending.round,
-        seed=request.seed,
-        index=request.index,
-        kind=request.kind,
-        branches=request.branches,
-        prompt_tokens=0,
-        scheduled_s=sending.scheduled_s,
-        sent_s=now_s,
-        ended_s=now_s,
-        tpot_slo_s=sending.slo.tpot_s * request.slo_factor,
-        error=f"{REJECTED}: waited {now_s - sending.scheduled_s:.0f} s for a place in service",
-        window=sending.window,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
