@@ -174,11 +174,18 @@ def test_the_environment_of_the_embedded_model_yields_to_the_users() -> None:
 @pytest.mark.vllm
 @pytest.mark.skipif(not command.is_cpu_build(), reason="defaults of the CPU build")
 def test_the_flags_of_the_embedded_model_yield_to_the_users() -> None:
-    assert " ".join(command.embedded_args([])) == (
-        "--max-model-len 2048 --max-num-batched-tokens 256 --max-num-seqs 256 --block-size 32 --enforce-eager"
-    )
-    own = ["--max_num_seqs=8", "--no-enforce-eager", "--block-size", "64"]
-    assert command.embedded_args(own) == [*own, "--max-model-len", "2048", "--max-num-batched-tokens", "256"]
+    ours = "--max-model-len 2048 --max-num-batched-tokens 256 --max-num-seqs 256 --block-size 32 --enforce-eager"
+    assert " ".join(command.embedded_args([], {"avx2", "avx512f"})) == ours
+    assert " ".join(command.embedded_args([], {"asimd"})) == ours
+    assert " ".join(command.embedded_args([], {"avx2"})) == f"{ours} --dtype float32"
+    own = ["--max_num_seqs=8", "--no-enforce-eager", "--block-size", "64", "--dtype=bfloat16"]
+    assert command.embedded_args(own, {"avx2"}) == [*own, "--max-model-len", "2048", "--max-num-batched-tokens", "256"]
+
+
+def test_the_flags_of_the_cpu_are_read_where_there_are_any() -> None:
+    assert command.cpu_flags("processor : 0\nflags\t\t: fpu avx2\nflags : other\n") == {"fpu", "avx2"}
+    assert command.cpu_flags("Features : asimd bf16\n") == {"asimd", "bf16"}
+    assert command.cpu_flags("") == frozenset()
 
 
 @pytest.mark.parametrize("flag", ["--uds", "--headless", "--scheduler-cls", "--scheduler_cls=x"])

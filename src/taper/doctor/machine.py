@@ -11,6 +11,7 @@ from pathlib import Path
 from taper import model, profile
 from taper.core.types import ConfigError
 from taper.doctor.check import Check
+from taper.engines.vllm import command
 
 NEEDED_MEMORY_GIB = 3.0
 WANTED_MEMORY_GIB = 6.0
@@ -21,8 +22,7 @@ def check_cpu(cpuinfo: str | None = None, n_cores: int | None = None, machine: s
     """Cores that this process may use, and the vector instructions that vLLM's CPU build is made for."""
     cores = len(os.sched_getaffinity(0)) if n_cores is None else n_cores
     machine = machine or platform.machine()
-    text = Path("/proc/cpuinfo").read_text("utf-8", "replace") if cpuinfo is None else cpuinfo
-    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)[:1]).split())
+    flags = command.cpu_flags(cpuinfo)
     known = [flag for flag in VECTOR_FLAGS if flag in flags]
     detail = f"{cores} cores, {machine}, {', '.join(known) or 'no known vector instructions'}"
     if machine == "x86_64" and "avx2" not in flags:
@@ -32,7 +32,7 @@ def check_cpu(cpuinfo: str | None = None, n_cores: int | None = None, machine: s
             name="cpu",
             status="warn",
             detail=detail,
-            advice="Without AVX-512 steps take several times longer.",
+            advice="Without AVX-512 steps take several times longer; the embedded model runs in float32, not bf16.",
         )
     if cores < 2:
         advice = "With one core the server and its clients disturb each other; timings will be poor."
