@@ -18,6 +18,7 @@ def main() -> None:
     chunks = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": args.question}],
+        max_tokens=300,  # also of a plain answer, where the outline has no points
         temperature=0.0,
         stream=True,
         stream_options={"include_usage": True},

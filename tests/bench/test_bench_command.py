@@ -153,32 +153,3 @@ def test_a_taper_server_is_switched_between_windows(tmp_path: Path) -> None:
     assert [patch["policy"] for patch in engine.patches] == ["off", "eager"]
     assert [run.engine.planner_p99_s for run in read_runs(tmp_path / "runs.json")] == [0.0001, 0.0001]
     assert not any("ignore_eos" in body for body in engine.requests)
-
-
-@pytest.mark.engine
-def test_stages_on_the_real_engine(tmp_path: Path) -> None:
-    """Serial stages, tagged forks and joins: every token comes, whatever the policy, and forks find their prefix."""
-    result = CliRunner().invoke(
-        cli,
-        ["bench", "--out", str(tmp_path), "--policies", "off,taper", "--branches", "agentic", "--shares", "0.5",
-         "--rates", "2", "--slos-ms", "200", "--concurrency", "8", "--output-scale", "0.04", "--steps", "--rounds", "1",
-         "--ramp-s", "1", "--measure-s", "6", "--drain-s", "90", "--foreign-cpu", "1"],
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    runs = read_runs(tmp_path / "runs.json")
-    assert [run.policy for run in runs] == ["off", "taper"]
-    records = list(request_file().read(tmp_path / "requests.jsonl"))
-    assert [record.error for record in records if record.error] == []
-    off, taper = (
-        {
-            record.index: [(choice.stage, choice.tokens) for choice in record.choices]
-            for record in records
-            if record.policy == policy
-        }
-        for policy in ("off", "taper")
-    )
-    assert max(len(choices) for choices in off.values()) > 4
-    assert {index: taper[index] for index in off.keys() & taper.keys()} == {
-        index: off[index] for index in off.keys() & taper.keys()
-    }
-    assert all(run.engine.steps > 0 for run in runs)  # a machine that is busy with something else makes few

@@ -76,18 +76,19 @@ class TapedClient:
 
 def requests(engine: VllmEngine) -> list[Any]:
     """An explicit program and one whose forks are in the model's output."""
+    # Longer than a quantum: a branch that starts only when its sibling has ended is held, never deferred.
     branches = [Branch(suffix=f"\n{topic}:", max_tokens=24, ignore_eos=True) for topic in TOPICS]
     explicit = {
         "prompt": "A short list of things and what they are good for.",
-        "lead": Lead(max_tokens=24, ignore_eos=True),
+        "lead": Lead(max_tokens=16, ignore_eos=True),
         "branches": branches,
-        "join": Join(instruction="\nAll in all,", continuation=Continuation(max_tokens=24, ignore_eos=True)),
+        "join": Join(instruction="\nAll in all,", continuation=Continuation(max_tokens=16, ignore_eos=True)),
         "temperature": 0.0,
     }
     chat = {
         "messages": [{"role": "user", "content": "Compare cats and dogs as pets."}],
         "temperature": 0.0,
-        "max_tokens": 90,
+        "max_tokens": 48,
         **by_protocol("multiverse", opening_regex=OPENING, branch_max_tokens=24),
     }
     config = ServerConfig()
@@ -99,7 +100,7 @@ def requests(engine: VllmEngine) -> list[Any]:
 
 async def serial(client: TapedClient, has_begun: asyncio.Event) -> None:
     delta = RequestOutputKind.DELTA
-    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True, logprobs=2, output_kind=delta)
+    params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True, logprobs=2, output_kind=delta)
     outputs = client.generate(compat.token_prompt([504, 253, 29]), params, request_id="serial")
     async for _ in outputs:
         has_begun.set()

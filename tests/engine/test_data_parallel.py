@@ -46,13 +46,19 @@ def watched(server: Server, bodies: Sequence[dict[str, Any]], **headers: str) ->
     """Send them at once; what the engines' tables held while they ran."""
 
     async def run() -> list[Tables]:
-        url, seen = server.url, []
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120, trust_env=False) as http:
+        seen: list[Tables] = []
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=120, trust_env=False) as http:
+
+            async def tables() -> Tables:
+                await asyncio.sleep(0.02)
+                engines = (await http.get("/taper/state")).json()["engines"]
+                return [(one["tables"]["groups"], one["tables"]["branches"]) for one in engines]
+
+            while any(branches for _, branches in await tables()):  # an answer is out before its engine's next state
+                pass
             calls = [asyncio.create_task(http.post("/v1/chat/completions", json=CHAT | body)) for body in bodies]
             while not all(call.done() for call in calls):
-                engines = (await http.get("/taper/state")).json()["engines"]
-                seen.append([(one["tables"]["groups"], one["tables"]["branches"]) for one in engines])
-                await asyncio.sleep(0.02)
+                seen.append(await tables())
             assert [call.result().status_code for call in calls] == [200] * len(calls)
         return seen
 

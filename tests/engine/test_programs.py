@@ -165,7 +165,7 @@ def test_200_programs_whose_clients_walk_away_leave_nothing_behind(server, model
 def test_examples_run(server, name):
     path = Path(__file__).parents[2] / "examples" / f"{name}.py"
     done = subprocess.run(
-        [sys.executable, str(path), "--url", server.url], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, str(path), "--url", server.url], capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()

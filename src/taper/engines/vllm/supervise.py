@@ -72,7 +72,7 @@ def serve(options: ServeOptions, console: Console) -> int:
             if not stop:
                 _fail(console, str(error))
         finally:
-            status = _stopped(server, stop)
+            status = _stopped(server, stop, console)
     return _exit_status(status) or (0 if stop else ENDED_BY_ITSELF_STATUS)
 
 
@@ -158,11 +158,13 @@ def _wait(server: Server, stop: list[int]) -> None:
         time.sleep(POLL_S)
 
 
-def _stopped(server: Server, stop: list[int]) -> int | None:
+def _stopped(server: Server, stop: list[int], console: Console) -> int | None:
     """Its exit status. One that has its signal gets its grace and no second signal, which would cut that short."""
     deadline_s = time.monotonic() + STOP_GRACE_S
     while stop and server.poll() is None and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
+    if stop and server.poll() is None:
+        _fail(console, f"the vLLM server did not stop within {STOP_GRACE_S:.0f} s and is killed")
     return server.stop(0.0 if stop else STOP_GRACE_S)
 
 
