@@ -27,13 +27,13 @@ class Tenant:
     origin: str | None
 
 
-def tenant(*, key: str | None, origin: str | None, checks_keys: bool) -> Tenant:
-    """An API key is an identity where the server checks it: its holder may join a group from anywhere.
+def tenant(*, key: str | None, origin: str | None, is_checked: bool) -> Tenant:
+    """An API key that the server checked is an identity: its holder may join a group from anywhere.
 
-    Anywhere else it is a word that anyone may send (clients made for keyless servers all send the same one), so
+    Any other is a word that anyone may send (clients made for keyless servers all send the same one), so
     the origin decides; the word only divides an origin further, as a gateway in front does with its clients.
     """
-    if checks_keys and key is not None:
+    if is_checked and key is not None:
         return Tenant(key=key, origin=None)
     return Tenant(key=key, origin=origin)
 

@@ -112,6 +112,7 @@ def test_workers_share_the_cpus(cpus: set[int], workers: int, wanted: str) -> No
         ("", 1),
         ("--data-parallel-size 2", 2),
         ("-dp 4 --data_parallel_size_local=2 -tp 2", 4),
+        ("-dp=2 -tp=2", 4),
         ("--tensor-parallel-size 2 --pipeline-parallel-size=3", 6),
         ("--data-parallel-size two", 1),
     ],

@@ -103,6 +103,17 @@ def test_an_engine_that_cannot_be_calibrated_learns_online() -> None:
     assert machine.policy == "taper"
 
 
+def test_a_profile_that_cannot_be_kept_is_in_force_all_the_same() -> None:
+    profile_path(HERE).parent.parent.mkdir(parents=True, exist_ok=True)
+    profile_path(HERE).parent.write_text("a file, where the folder of profiles should be")
+    machine = Machine(LAW)
+    with serving(machine) as url:
+        profile, how = obtain_profile(attached(url), budget_s=BUDGET_S)
+    assert profile is not None
+    assert machine.profile == profile.to_json()
+    assert "; not kept: " in how
+
+
 def test_skip_measures_nothing() -> None:
     machine = Machine(LAW)
     with serving(machine) as url:
@@ -139,15 +150,16 @@ def test_what_is_plainly_foreign_is_refused_before_the_start(tmp_path: Path) -> 
         check_profile_file(ServeOptions(model="other", embedded=False, profile=free))
 
 
-def test_signals_go_to_the_server_and_handlers_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_go_to_the_server_and_handlers_come_back(tmp_path: Path, sent: signal.Signals) -> None:
     before = signal.getsignal(signal.SIGTERM)
     server = Server("m", log=tmp_path / "log")
     server.argv = [sys.executable, "-c", "import time; time.sleep(600)"]
     server.start()
     with _forwarded_signals(server) as came:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), sent)
         assert server.stop() == -signal.SIGTERM
-    assert came == [signal.SIGTERM]
+    assert came == [sent]
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -16,6 +16,7 @@ from taper.core.types import Slo
 from taper.engines.vllm.middleware import PATHS, ClaimsMiddleware
 from taper.engines.vllm.routes import TERMS, TaperEndpoints
 from taper.engines.vllm.terms import Terms
+from taper.engines.vllm.watch import Shared
 
 
 async def echo(scope, receive, send):
@@ -104,6 +105,10 @@ def test_what_is_vllms_to_refuse_goes_to_vllm(body):
     assert post("/v1/completions", body) == (200, body, {"type": "http.disconnect"})
 
 
+def test_a_line_end_that_the_routes_let_by_does_not_slip_through():
+    assert post("/v1/completions\n", b'{"vllm_xargs": {"taper_bogus": 1}}')[0] == 400
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/embeddings"), ("GET", "/v1/completions")])
 def test_other_routes_are_not_looked_into(method, path):
     body = b'{"vllm_xargs": {"taper_bogus": 1}}'
@@ -148,13 +153,28 @@ def test_a_tag_is_its_tenants_own():
     assert tag_of("job", door=door, key="alice", state=checked, path="/invocations", field="extra_args") == mine
     others = [
         tag_of("job", door=door, key="bob", state=checked),
-        tag_of("job", door=door, state=checked),
+        tag_of("job", door=door, state=checked, path="/invocations"),
         tag_of("jobb", door=door, key="alice", state=checked),
         tag_of(mine, door=door, key="alice", state=checked),  # a forged seal is a tag like any other
         tag_of(mine, door=door, key="bob", state=checked),
         tag_of("job", key="alice", state=checked),  # another server, or this one started again
     ]
     assert len({mine, *others}) == 7
+
+
+def test_a_key_that_vllm_did_not_check_is_no_identity():
+    """It guards /v1 and leaves other routes open; what it will refuse is not read, however long it is."""
+    door, checked = ClaimsMiddleware(echo), keyed("alice")
+    here, there = (
+        tag_of("job", door=door, key="EMPTY", state=checked, path="/invocations", client=(host, 1))
+        for host in ("10.0.0.1", "10.0.0.2")
+    )
+    assert here != there
+    body = b'{"vllm_xargs": {"taper_bogus": 1}}'
+    for headers in ([], [(b"authorization", b"Bearer EMPTY")], [(b"authorization", b"Basic alice")]):
+        assert post("/v1/completions", body, headers=headers, state=checked)[:2] == (200, body)
+        assert post("/invocations", body, headers=headers, state=checked)[0] == 400
+    assert post("/v1/completions", body, headers=[(b"authorization", b"bearer alice")], state=checked)[0] == 400
 
 
 def test_without_checked_keys_the_origin_is_the_tenant_and_a_key_divides_it():
@@ -204,6 +224,15 @@ def test_vllms_own_priority_is_bounded_where_vllm_heeds_it(monkeypatch, given):
     assert (status, "priority must be at least 0 on" in answer.decode()) == (400, True)
     monkeypatch.setenv(ENV_VAR, ServerConfig(limits=ClaimLimits(max_priority=1.0)).to_json())
     assert (post("/v1/completions", body, state=keyed(scheduling_policy="priority"))[0] == 200) is (given != -(2**62))
+
+
+@pytest.mark.parametrize("given", ["-1", " -1", "-9" * 30])
+def test_so_is_the_priority_in_vllms_header(given):
+    headers = [(b"x-vllm-priority", given.encode())]
+    for state, status in ((keyed(scheduling_policy="fcfs"), 200), (keyed(scheduling_policy="priority"), 400)):
+        assert post("/v1/completions", b"{}", headers=headers, state=state)[0] == status
+    for fine in (b"1", b"high"):
+        assert post("/v1/completions", b"{}", headers=[(b"x-vllm-priority", fine)], state=state)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -339,6 +368,8 @@ def test_only_branches_are_placed_and_only_where_there_is_a_choice_that_nobody_m
         floor = Floor(8)
         floor.serve({"n": 4}, in_group("g"), headers=[(spelling, b"7")])
         assert floor.ranks == ([7] * 2 if spelling.islower() else [None] * 2)  # as it came
+    alternating = [one for index in range(4) for one in (in_group(f"g{index}"), {"n": 2})]
+    assert set(Floor().serve(*alternating, at_once=False)[1::2]) == {0, 1}  # tags take nobody's turn
     assert set(Floor(8, local_only=True).serve(*[{"n": 2}] * 8)) == {0, 1}
 
 
@@ -361,6 +392,24 @@ def test_bounds_follow_the_servers_slo(monkeypatch):
     assert (status, "taper_tpot_slo_ms must be between 80 and 8000 ms" in body.decode()) == (400, True)
     terms.follow(gone)
     assert post("/v1/completions", claim, state=state)[0] == 400
+
+
+def test_an_answer_from_before_a_change_does_not_undo_it():
+    asked = []
+
+    async def ask():
+        asked.append(1)
+        return [{"tpot_slo_s": 0.05, "ttft_slo_s": 5.0}]
+
+    async def run():
+        terms = Terms(ServerConfig())
+        terms.follow(ask)
+        await terms.slo()
+        terms.heard([{"tpot_slo_s": 0.08, "ttft_slo_s": 5.0}])
+        return await terms.slo()
+
+    assert asyncio.run(run()).tpot_s == 0.08
+    assert len(asked) == 1
 
 
 class Engines:
@@ -400,6 +449,21 @@ def test_state_is_open_and_covers_all_replicas(monkeypatch):
     response, calls = ask("GET", "/taper/state", answer={"policy": "taper"}, monkeypatch=monkeypatch)
     assert (response.status_code, response.json()) == (200, {"engines": [{"policy": "taper"}] * 2})
     assert calls == [(0, "taper_snapshot", ()), (1, "taper_snapshot", ())]
+
+
+def test_readers_of_the_state_share_one_question():
+    asked = []
+
+    async def snapshot():
+        asked.append(1)
+        await asyncio.sleep(0)
+        return [len(asked)]
+
+    async def run():
+        shared = Shared(snapshot)
+        return await asyncio.gather(*[shared.latest() for _ in range(5)]), await shared.latest()
+
+    assert asyncio.run(run()) == ([[1]] * 5, [2])
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/taper/control"), ("GET", "/v1/taper/steps")])

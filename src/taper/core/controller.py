@@ -52,7 +52,8 @@ class Controller:
         self._margin_offset = 0.0
         self._finished: deque[FinishedRequest] = deque(maxlen=HISTORY_REQUESTS)
         self._since_floor = 0
-        self._floor_s = 0.0
+        self._asked_floor_s = 0.0  # by the latest replay
+        self._floor_s = 0.0  # what the two latest agree on: one may have met a slow moment
         self._occupancy = Occupancy(requests=0.0, context_tokens_per_row=0.0, prefill_tokens=0.0)
         self._mean_output_tokens = 0.0
         self._mean_path_tokens = 0.0
@@ -144,9 +145,11 @@ class Controller:
         self._since_floor += 1
         if self._since_floor >= FLOOR_EVERY_REQUESTS:
             self._since_floor = 0
-            self._floor_s = throughput_floor_s(
-                list(self._finished), self._occupancy, self.latency, in_force=self._floor_s > 0.0
+            before_s, in_force = self._asked_floor_s, self._floor_s > 0.0
+            self._asked_floor_s = throughput_floor_s(
+                list(self._finished), self._occupancy, self.latency, in_force=in_force
             )
+            self._floor_s = min(before_s, self._asked_floor_s)
 
 
 def _nudge(current: float, ratio: float, rate: float, limit: float) -> float:

@@ -16,11 +16,11 @@ there:
 
 - that step is longer than any request's SLO, so that only several rows per step keep it (a serial stage in debt would
   veto what its next fork repays);
-- no width attains the target, and the best of them promises more goodput than was got lately. One width for everybody
+- no width attains the target, width 1 loses most of the requests and not by a hair (a slow minute passes, a request
+  given up does not come back), and the best of them promises more goodput than was got lately. One width for everybody
   is a crude policy: where promises differ, widths of their own may keep what no common one does. Once in force, such a
   floor stays until a width attains the target: the requests that finish under it cannot tell what would be without it.
-- Where no width attains the target and even width 1 takes longer than any request's SLO, there is nobody left to
-  protect: the floor is infinite.
+- so lost, and width 1 takes longer than any request's SLO: there is nobody left to protect, and the floor is infinite.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from taper.core.types import FinishedRequest
 
 WIDTHS = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64], dtype=np.float64)
 TARGET = 0.98  # above what operators ask for: the replay knows neither spikes nor queues
-BEYOND_SLO = 1.1  # how much longer than the longest SLO a step must be to count as kept by width alone
+BEYOND_SLO = 1.1  # how much longer than an SLO a step must be to count as kept by width alone, or as lost at width 1
 LEAST_GAIN = 1.15  # goodput of the best width over what was got, for a floor to come into force
+LEAST_KEPT = 0.5  # share of the requests within that at width 1, from which on none is given up for the others
 FEWEST_REQUESTS = 16  # below this a share says nothing
 
 
@@ -74,11 +75,14 @@ def throughput_floor_s(
     met = path * step_s[:, None] <= tpot_slo_s * (tokens - 1)
     goodput = (met * tokens).sum(axis=1) / (path.sum(axis=1) * step_s)
     reaching = met.mean(axis=1) >= TARGET
-    if not reaching.any() and step_s[0] > tpot_slo_s.max():
-        return np.inf
     best_s = float(step_s[np.argmax(np.where(reaching | ~reaching.any(), goodput, -1.0))])
     if reaching.any():
         return best_s if best_s > BEYOND_SLO * tpot_slo_s.max() else 0.0
+    kept = path[0] * step_s[0] <= BEYOND_SLO * tpot_slo_s * (tokens - 1)
+    if kept.mean() >= LEAST_KEPT:
+        return 0.0
+    if step_s[0] > tpot_slo_s.max():
+        return np.inf
     # Tokens in time per second of residence: the same measure, of what the requests went through.
     got_tokens, got_s = sum(r.tokens for r in finished if r.met), sum(r.residence_s for r in finished)
     promises_more = goodput.max() * got_s > LEAST_GAIN * got_tokens

@@ -245,7 +245,8 @@ def cpu_list(cpus: set[int]) -> str:
 
 
 def _flag_name(arg: str) -> str:
-    return arg.partition("=")[0].replace("_", "-") if arg.startswith("--") else arg
+    name = arg.partition("=")[0] if arg.startswith("-") else arg
+    return name.replace("_", "-") if name.startswith("--") else name
 
 
 def _package_root(name: str) -> Path | None:

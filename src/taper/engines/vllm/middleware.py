@@ -7,11 +7,12 @@ where nobody knows any more who sent it. Use as `--middleware taper.engines.vllm
 
 from __future__ import annotations
 
+import hmac
 import json
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,20 @@ from taper.config import ServerConfig
 from taper.core.types import ConfigError
 from taper.engines.vllm import compat
 from taper.engines.vllm.placement import RANK_HEADER, Placement
-from taper.engines.vllm.routes import TERMS, error_response, needs_key
+from taper.engines.vllm.routes import TERMS, api_keys, error_response
 from taper.engines.vllm.terms import Terms
 from taper.tenancy import Tenant, seal, tenant
 
 # Every route of vLLM's that hands a JSON body's `vllm_xargs`, or its `sampling_params.extra_args`, to the scheduler.
 PATHS = (
     "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
-    "/inference/v1/generate", "/invocations", "/v1/taper/chat", "/v1/taper/programs",
+    "/inference/v1/generate", "/invocations", "/generative_scoring", "/cohere/v2/chat", "/v1/taper/chat",
+    "/v1/taper/programs",
 )  # fmt: skip
 # What a body without claims does not contain. A JSON string may spell a letter as an escape, and JSON may be UTF-16.
 SIGNS = (b"taper_", b'"n"', b'"priority"', b"\\u", b"\0")
 RANK = RANK_HEADER.lower().encode()
+PRIORITY = b"x-vllm-priority"  # goes before the body's field
 SLO_FIELDS = ("taper_tpot_slo_ms", "taper_ttft_slo_ms")
 
 Scope = MutableMapping[str, Any]
@@ -85,12 +88,13 @@ class ClaimsMiddleware:
         self._placement = Placement()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].endswith(PATHS):
+        if not self._is_ours(scope):
             await self._app(scope, receive, send)
             return
         messages = await whole_body(receive)
         try:
             demand = Demand.of(b"".join(message.get("body", b"") for message in messages))
+            self._check_priority(scope, demand)
             claims = await self._claims(scope, demand) if demand is not None else None
         except ConfigError as error:
             await error_response(400, str(error))(scope, receive, send)
@@ -102,6 +106,27 @@ class ClaimsMiddleware:
                 await self._app(placed, replay(messages, receive), send)
         else:
             await self._pass_sealed(demand, seal(self._secret, _tenant(scope), claims.group), scope, receive, send)
+
+    def _is_ours(self, scope: Scope) -> bool:
+        """Whether the body has to be looked at; one that vLLM will refuse for its key is not even read."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return False
+        path = scope["path"].removesuffix("\n")  # so do the routes' patterns: `$` lets one by
+        if not path.endswith(PATHS):
+            return False
+        is_guarded = path.startswith("/v1/") and not scope.get("root_path") and api_keys(_args(scope))
+        return not is_guarded or _tenant(scope).origin is None
+
+    def _check_priority(self, scope: Scope, demand: Demand | None) -> None:
+        """Raises `ConfigError` where vLLM's own priority, of the header or the body, is out of bounds."""
+        if getattr(_args(scope), "scheduling_policy", "fcfs") != "priority":
+            return
+        limits = _terms(scope, self._terms).limits
+        for value in (value for name, value in scope["headers"] if name.lower() == PRIORITY):
+            with suppress(ValueError):  # then the body's field counts
+                check_priority(int(value.decode("latin-1")), limits)
+        if demand is not None:
+            check_priority(_number(demand.request.get("priority"), 0.0), limits)
 
     async def _pass_sealed(self, demand: Demand, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The request goes on under `tag`, which counts its branches for as long as it runs."""
@@ -133,9 +158,7 @@ class ClaimsMiddleware:
 
     async def _claims(self, scope: Scope, demand: Demand) -> Claims:
         """Raises `ConfigError` for a claim out of bounds, naming its field."""
-        terms = getattr(_state(scope), TERMS, self._terms)
-        if getattr(_args(scope), "scheduling_policy", "fcfs") == "priority":
-            check_priority(_number(demand.request.get("priority"), 0.0), terms.limits)
+        terms = _terms(scope, self._terms)
         slo = await terms.slo() if any(name in demand.given for name in SLO_FIELDS) else self._config.slo
         claims = parse_claims(demand.given, terms.limits, slo)
         check_branches("n", demand.n, terms.limits)
@@ -167,6 +190,11 @@ def _state(scope: Scope) -> Any:
     return getattr(scope.get("app"), "state", None)
 
 
+def _terms(scope: Scope, otherwise: Terms) -> Terms:
+    terms: Terms = getattr(_state(scope), TERMS, otherwise)
+    return terms
+
+
 def _args(scope: Scope) -> Any:
     """vLLM's command line."""
     return getattr(_state(scope), "args", None)
@@ -176,11 +204,13 @@ def _tenant(scope: Scope) -> Tenant:
     """By the bearer token and the peer's address; a forwarded address only where uvicorn was told to trust it."""
     authorization = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
     scheme, _, token = authorization.decode("latin-1").partition(" ")
+    key = token.encode() if scheme.lower() == "bearer" else None
     peer = scope.get("client")
     return tenant(
-        key=token if scheme.lower() == "bearer" else None,
+        key=token if key is not None else None,
         origin=peer[0] if peer else None,
-        checks_keys=needs_key(_args(scope)),
+        # Compared here: vLLM leaves some routes unguarded, where any word would do.
+        is_checked=key is not None and any(hmac.compare_digest(key, one.encode()) for one in api_keys(_args(scope))),
     )
 
 

@@ -20,7 +20,7 @@ class Placement:
 
     def __init__(self) -> None:
         self._branches: Counter[int] = Counter()  # in flight, by rank, of what was placed here
-        self._placed = 0
+        self._turn = 0
 
     @contextmanager
     def place(self, tag: str | None, *, branches: int, replicas: int) -> Iterator[int]:
@@ -31,12 +31,12 @@ class Placement:
         """
         rank = self._lightest(replicas) if tag is None else int(tag.removeprefix(SEALED), 16) % replicas
         self._branches[rank] += branches
-        self._placed += 1
         try:
             yield rank
         finally:
             self._branches[rank] -= branches
 
     def _lightest(self, replicas: int) -> int:
-        turns = ((self._placed + at) % replicas for at in range(replicas))
+        turns = [(self._turn + at) % replicas for at in range(replicas)]
+        self._turn += 1
         return min(turns, key=self._branches.__getitem__)

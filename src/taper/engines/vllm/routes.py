@@ -16,6 +16,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,7 +29,7 @@ from taper.engines.vllm.launch import CONTROL_HEADER
 from taper.engines.vllm.metrics import CONTENT_TYPE, Exposition
 from taper.engines.vllm.page import PAGE, StaticFiles
 from taper.engines.vllm.terms import Terms
-from taper.engines.vllm.watch import EnginesAway, LiveFeed, Poll
+from taper.engines.vllm.watch import EnginesAway, LiveFeed, Poll, Shared
 
 TERMS = "taper_terms"  # attribute of the application's state, for `ClaimsMiddleware`
 
@@ -45,6 +46,7 @@ class TaperEndpoints:
         self._engines: Any = None
         self._static = StaticFiles()
         self._feed = LiveFeed(self._call)
+        self._snapshot = Shared(lambda: self._call("taper_snapshot"))
         self._server: dict[str, Any] = {}
         self._metrics = Exposition(compat.prometheus_registry())
 
@@ -66,7 +68,7 @@ class TaperEndpoints:
                 "model": model,
                 "engines": ranks,
                 "allows_control": self._config.allow_control,
-                "needs_key": needs_key(args),
+                "needs_key": bool(api_keys(args)),
             }
             self.terms.follow(lambda: self._call("taper_snapshot"))
             setattr(state, TERMS, self.terms)
@@ -91,7 +93,7 @@ class TaperEndpoints:
         return JSONResponse({"engines": engines, "age_s": age_s, "server": self._server})
 
     async def state(self) -> JSONResponse:
-        return await self._ask("taper_snapshot")
+        return await self._answer(self._snapshot.latest)
 
     async def control(self, request: Request) -> JSONResponse:
         if not self._may_control(request):
@@ -110,9 +112,12 @@ class TaperEndpoints:
         return await self._ask("taper_drain_steps")
 
     async def _ask(self, method: str, *args: Any) -> JSONResponse:
+        return await self._answer(lambda: self._call(method, *args))
+
+    async def _answer(self, ask: Callable[[], Awaitable[list[Any]]]) -> JSONResponse:
         if self._engines is None:
             return error_response(503, "this server has no engine")
-        answers = await self._call(method, *args)
+        answers = await ask()
         refusals = [answer["error"] for answer in answers if isinstance(answer, dict) and "error" in answer]
         if refusals:
             return error_response(400, refusals[0])
@@ -129,9 +134,10 @@ class TaperEndpoints:
         return bool(token and given and hmac.compare_digest(token.encode(), given.encode()))
 
 
-def needs_key(args: Any) -> bool:
-    """Whether the server checks API keys; `args` is its command line, None where unknown."""
-    return bool(getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY"))
+def api_keys(args: Any) -> list[str]:
+    """The keys that the server takes; none where it checks none. `args` is its command line, None where unknown."""
+    given = getattr(args, "api_key", None) or os.environ.get("VLLM_API_KEY") or []
+    return [key for key in ([given] if isinstance(given, str) else given) if key]
 
 
 def _is_foreign(request: Request) -> bool:

@@ -25,6 +25,7 @@ FURTHEST_OFF = 2.0  # measured / predicted, either way, beyond which a cached pr
 STOP_GRACE_S = 30.0
 POLL_S = 0.2
 ENDED_BY_ITSELF_STATUS = 1
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a closed terminal must not leave an engine behind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,8 @@ def serve(options: ServeOptions, console: Console) -> int:
     with _forwarded_signals(server) as stop:
         try:
             server.start()
+            if stop:  # it came while there was nobody to pass it on to
+                server.send_signal(signal.SIGTERM)
             server.wait_ready()
             profile, how = obtain_profile(
                 server, options.profile, budget_s=options.calibration_s, progress=lambda line: _say(console, line)
@@ -106,10 +109,13 @@ def _calibrated(server: Server, key: ProfileKey, budget_s: float, say: Progress)
     say(f"no profile for {key}; calibrating for about {budget_s:.0f} s")
     try:
         done = calibrate(server.url, server.control_headers, budget_s=budget_s, progress=say)
-        path = save_profile(done.profile)
-    except ConfigError as error:  # no room, too few steps, no place to write: no reason not to serve
+    except ConfigError as error:  # no room, too few steps: no reason not to serve
         return None, f"none, learning online at width 2: {error}"
-    return done.profile, f"calibrated in {done.seconds:.0f} s, {report.error_line(done.profile.fit)}; {path}"
+    try:
+        kept = str(save_profile(done.profile))
+    except ConfigError as error:
+        kept = f"not kept: {error}"
+    return done.profile, f"calibrated in {done.seconds:.0f} s, {report.error_line(done.profile.fit)}; {kept}"
 
 
 def _cached(server: Server, key: ProfileKey, say: Progress) -> Profile | None:
@@ -170,14 +176,14 @@ def _stopped(server: Server, stop: list[int], console: Console) -> int | None:
 
 @contextmanager
 def _forwarded_signals(server: Server) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to the server; yields the list of those that came."""
+    """Pass SIGINT and SIGTERM on to the server, and SIGHUP as SIGTERM; yields the list of those that came."""
     came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        server.send_signal(number)
+        server.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         yield came
     finally:

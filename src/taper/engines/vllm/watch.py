@@ -68,6 +68,19 @@ class Poll:
         self._flight = None
 
 
+class Shared:
+    """One question in flight: who asks meanwhile gets the same answer, or the same error."""
+
+    def __init__(self, ask: Callable[[], Awaitable[list[Any]]]) -> None:
+        self._ask = ask
+        self._flight: asyncio.Future[list[Any]] | None = None
+
+    async def latest(self) -> list[Any]:
+        if self._flight is None or self._flight.done():
+            self._flight = asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._flight)
+
+
 class LiveFeed:
     """`taper_live` of every engine, with the timeline of each kept here: the engine only sends what is new."""
 
