@@ -52,7 +52,7 @@ class Server:
         self.answers: list[int] = []
         self._count = itertools.count(1)
         self._door = ClaimsMiddleware(self._admit) if is_sealing else self._admit
-        self._state = SimpleNamespace(args=SimpleNamespace(api_key=["checked"]))
+        self._state = SimpleNamespace(args=SimpleNamespace(api_key=["alice", "mallory"]))
 
     def post(self, key: str, body: dict[str, Any], *, name: str = "cmpl") -> list[str]:
         """Names of the request's branches; none if it was refused. `name` is what the client asks it to be called."""

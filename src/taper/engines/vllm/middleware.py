@@ -122,11 +122,12 @@ class ClaimsMiddleware:
         if getattr(_args(scope), "scheduling_policy", "fcfs") != "priority":
             return
         limits = _terms(scope, self._terms).limits
+        given = [_number(demand.request.get("priority"), 0.0)] if demand is not None else []
         for value in (value for name, value in scope["headers"] if name.lower() == PRIORITY):
             with suppress(ValueError):  # then the body's field counts
-                check_priority(int(value.decode("latin-1")), limits)
-        if demand is not None:
-            check_priority(_number(demand.request.get("priority"), 0.0), limits)
+                given.append(max(int(value.decode("latin-1")), -(2**63)))  # no message holds any number of digits
+        for priority in given:
+            check_priority(priority, limits)
 
     async def _pass_sealed(self, demand: Demand, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The request goes on under `tag`, which counts its branches for as long as it runs."""
