@@ -88,7 +88,7 @@ def requests(engine: VllmEngine) -> list[Any]:
     chat = {
         "messages": [{"role": "user", "content": "Compare cats and dogs as pets."}],
         "temperature": 0.0,
-        "max_tokens": 48,
+        "max_tokens": 90,
         **by_protocol("multiverse", opening_regex=OPENING, branch_max_tokens=24),
     }
     config = ServerConfig()
