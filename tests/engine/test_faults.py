@@ -263,7 +263,8 @@ class InFlight:
 
     def _read(self, url: str, body: dict[str, Any], begun: threading.Event) -> list[str]:
         lines = []
-        with suppress(httpx.RemoteProtocolError), httpx.stream("POST", url, json=body, timeout=120) as answer:
+        streamed = httpx.stream("POST", url, json=body, timeout=120, trust_env=False)
+        with suppress(httpx.RemoteProtocolError), streamed as answer:
             for line in answer.iter_lines():
                 lines.append(line)
                 begun.set()

@@ -145,11 +145,10 @@ class Controller:
         self._since_floor += 1
         if self._since_floor >= FLOOR_EVERY_REQUESTS:
             self._since_floor = 0
-            before_s, in_force = self._asked_floor_s, self._floor_s > 0.0
-            self._asked_floor_s = throughput_floor_s(
-                list(self._finished), self._occupancy, self.latency, in_force=in_force
+            asked_s = throughput_floor_s(
+                list(self._finished), self._occupancy, self.latency, in_force=self._floor_s > 0.0
             )
-            self._floor_s = min(before_s, self._asked_floor_s)
+            self._floor_s, self._asked_floor_s = min(asked_s, self._asked_floor_s), asked_s
 
 
 def _nudge(current: float, ratio: float, rate: float, limit: float) -> float:

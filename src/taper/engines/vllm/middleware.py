@@ -115,7 +115,7 @@ class ClaimsMiddleware:
         if not path.endswith(PATHS):
             return False
         is_guarded = path.startswith("/v1/") and not scope.get("root_path") and api_keys(_args(scope))
-        return not is_guarded or _tenant(scope).origin is None
+        return not is_guarded or _is_checked(scope)
 
     def _check_priority(self, scope: Scope, demand: Demand | None) -> None:
         """Raises `ConfigError` where vLLM's own priority, of the header or the body, is out of bounds."""
@@ -203,16 +203,23 @@ def _args(scope: Scope) -> Any:
 
 def _tenant(scope: Scope) -> Tenant:
     """By the bearer token and the peer's address; a forwarded address only where uvicorn was told to trust it."""
+    peer = scope.get("client")
+    return tenant(key=_key(scope), origin=peer[0] if peer else None, is_checked=_is_checked(scope))
+
+
+def _is_checked(scope: Scope) -> bool:
+    """Whether its key is one of the server's: vLLM leaves some routes unguarded, where any word would do."""
+    key = _key(scope)
+    if key is None:
+        return False
+    return any(hmac.compare_digest(key.encode(), one.encode()) for one in api_keys(_args(scope)))
+
+
+def _key(scope: Scope) -> str | None:
+    """The bearer token."""
     authorization = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
     scheme, _, token = authorization.decode("latin-1").partition(" ")
-    key = token.encode() if scheme.lower() == "bearer" else None
-    peer = scope.get("client")
-    return tenant(
-        key=token if key is not None else None,
-        origin=peer[0] if peer else None,
-        # Compared here: vLLM leaves some routes unguarded, where any word would do.
-        is_checked=key is not None and any(hmac.compare_digest(key, one.encode()) for one in api_keys(_args(scope))),
-    )
+    return token if scheme.lower() == "bearer" else None
 
 
 def _with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:

@@ -70,9 +70,9 @@ class TaperEndpoints:
                 "allows_control": self._config.allow_control,
                 "needs_key": bool(api_keys(args)),
             }
-            self.terms.follow(lambda: self._call("taper_snapshot"))
+            self.terms.follow(self._snapshot.latest)
             setattr(state, TERMS, self.terms)
-            self._metrics.serve(Poll(lambda: self._call("taper_snapshot")), model=model, ranks=ranks)
+            self._metrics.serve(Poll(self._snapshot.latest), model=model, ranks=ranks)
 
     async def metrics(self, request: Request) -> Response:
         return Response(await self._metrics.text(), media_type=CONTENT_TYPE)
