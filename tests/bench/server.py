@@ -43,6 +43,7 @@ class FakeEngine:
     requests: list[Body] = field(default_factory=list)
     patches: list[Body] = field(default_factory=list)
     policy: str = "taper"
+    tires: bool = False  # closes a kept connection just when the next request comes in, as idle timers do
     in_service: int = 0
     peak: int = 0
 
@@ -76,7 +77,9 @@ async def serving(engine: FakeEngine) -> AsyncIterator[str]:
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while await _exchange(engine, reader, writer):
-                pass
+                if engine.tires:
+                    await reader.readuntil(b"\r\n\r\n")
+                    break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:

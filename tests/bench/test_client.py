@@ -145,6 +145,16 @@ def test_nobody_listens() -> None:
     error = asyncio.run(session()).error
     assert error is not None
     assert error.startswith("connection: ")
+    assert "ConnectError" in error
+
+
+def test_a_server_that_closes_idle_connections_costs_no_request() -> None:
+    """By its timer it does so at the very moment at which the next stage would take one."""
+    engine = FakeEngine(tires=True)
+    assert (
+        run(engine, request=Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=20, stages=((4,),) * 3)).error is None
+    )
+    assert len(engine.requests) == 3
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ and get the requests one after the other. TAPER runs with an SLO so tight that b
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -141,13 +142,25 @@ def answer(http: httpx.Client, path: str, body: dict[str, Any] | None) -> dict[s
 
 
 def added_up(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The chunks of each choice in their order; between choices the order is the scheduler's."""
-    choices: dict[int, list[Any]] = {}
-    for chunk in chunks:
-        for choice in chunk["choices"]:
-            choices.setdefault(choice["index"], []).append(choice)
+    """What each choice comes to. How many tokens a chunk has is a matter of how fast the server's front end is."""
     usage = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
-    return {"choices": [choices[index] for index in sorted(choices)], "usage": usage[-1:]}
+    return {"choices": functools.reduce(joined, [chunk["choices"] for chunk in chunks]), "usage": usage[-1:]}
+
+
+def joined(before: Any, after: Any) -> Any:
+    """A part of an answer and its next one: text and lists go on, and entries with an index each by itself."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before | {key: joined(before.get(key), value) for key, value in after.items()}
+    if isinstance(before, list) and isinstance(after, list):
+        if not all(isinstance(one, dict) and "index" in one for one in before + after):
+            return before + after
+        entries: dict[int, Any] = {}
+        for one in before + after:
+            entries[one["index"]] = joined(entries.get(one["index"]), one)
+        return [entries[index] for index in sorted(entries)]
+    if isinstance(before, str) and isinstance(after, str):
+        return before + after
+    return before if after is None else after
 
 
 def plain(value: Any) -> Any:

@@ -253,13 +253,16 @@ class InFlight:
 
     def __init__(self, serving: Serving) -> None:
         plain = completion(model_of(serving), n=2, max_tokens=600)
-        self._begun = [threading.Event() for _ in STREAMS]
+        all_begun = [threading.Event() for _ in STREAMS]
         pool = ThreadPoolExecutor(len(STREAMS))
         self._reading = [
             pool.submit(self._read, serving.url + path, {**body, "stream": True}, begun)
-            for path, body, begun in zip(STREAMS, (PROGRAM, plain), self._begun, strict=True)
+            for path, body, begun in zip(STREAMS, (PROGRAM, plain), all_begun, strict=True)
         ]
-        assert all(begun.wait(60) for begun in self._begun)
+        for path, reading, begun in zip(STREAMS, self._reading, all_begun, strict=True):
+            while not begun.wait(1):
+                ended = reading.done() and reading.exception()
+                assert not reading.done(), f"{path}: {ended!r}\n{serving.output()[-3000:]}"
 
     def _read(self, url: str, body: dict[str, Any], begun: threading.Event) -> list[str]:
         lines = []

@@ -25,6 +25,7 @@ from taper.workload.request import Request
 
 Clock = Callable[[], float]
 MS_PER_S = 1000.0
+NO_KEEP_ALIVE = {"Connection": "close"}
 _DIALOGUES: dict[DialogueName, Callable[[Request], Dialogue]] = {"chat": ChatDialogue, "tokens": TokenDialogue}
 
 
@@ -75,6 +76,9 @@ class LoadClient:
             api_key=api_key,
             max_retries=0,
             timeout=3600.0,
+            # Of its own for each call, as independent clients have it: a server closes what was idle for some seconds
+            # (vLLM: 5), and a call that takes a kept connection at that moment fails.
+            default_headers=NO_KEEP_ALIVE,
             # A proxy of the environment is for the world outside, not for a server on this machine.
             http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(base_url)),
         )
@@ -158,7 +162,7 @@ class LoadClient:
         except openai.APIStatusError as failure:
             return f"http {failure.status_code}: {_one_line(failure.message)}"
         except openai.APIError as failure:
-            return f"connection: {_one_line(str(failure))}"
+            return f"connection: {_one_line(f'{failure}{_cause(failure)}')}"
         except Exception as failure:  # whatever the transport raises while the body is read
             return f"connection: {type(failure).__name__}: {_one_line(str(failure))}"
         return _stream_error(call, reader)
@@ -228,6 +232,12 @@ def _stream_error(call: Call, reader: StreamReader) -> str | None:
     if reader.finished_branches() < call.branches:
         return f"stream: ended with {reader.finished_branches()} of {call.branches} branches finished"
     return None
+
+
+def _cause(failure: openai.APIError) -> str:
+    """What the client's "Connection error." leaves out."""
+    cause = failure.__cause__
+    return f" {type(cause).__name__}: {cause}" if cause else ""
 
 
 def _one_line(text: str, limit: int = 200) -> str:

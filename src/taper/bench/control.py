@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import httpx
 
-from taper.bench.client import is_loopback
+from taper.bench.client import NO_KEEP_ALIVE, is_loopback
 
 STATE = "/taper/state"
 CONTROL = "/v1/taper/control"
@@ -27,7 +27,10 @@ class ControlClient:
     def __init__(self, *, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 30.0) -> None:
         self.url = url
         self._http = httpx.AsyncClient(
-            base_url=url, headers=dict(headers or {}), timeout=timeout_s, trust_env=not is_loopback(url)
+            base_url=url,
+            headers={**NO_KEEP_ALIVE, **(headers or {})},
+            timeout=timeout_s,
+            trust_env=not is_loopback(url),
         )
 
     async def __aenter__(self) -> Self:

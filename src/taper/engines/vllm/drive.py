@@ -50,7 +50,11 @@ class Driver:
         self._step_s = 0.0  # of the last visit
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers={**headers, RANK_HEADER: "0"},  # one engine: vLLM would spread the rows of a visit over all
+            headers={
+                **headers,
+                RANK_HEADER: "0",  # one engine: vLLM would spread the rows of a visit over all
+                "Connection": "close",  # a kept one may be closed by the server just when a visit takes it
+            },
             timeout=REQUEST_TIMEOUT_S,
             trust_env=False,
             verify=False,  # noqa: S501 - our own server on this machine, under a name its certificate need not have
