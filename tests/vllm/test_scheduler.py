@@ -352,7 +352,7 @@ def test_a_planner_fault_means_eager_counted_and_logged_once(make, caplog, polic
         Altered("predicted_s", math.inf), Altered("baseline_s", math.nan), Altered("budget_s", math.nan),
         Altered("slack_min_s", "soon"), Altered("prefill_limit_tokens", 7.5),
     ],
-    ids=str,
+    ids=lambda policy: f"{policy.name} {getattr(policy, 'field', policy)}",
 )  # fmt: skip
 def test_a_plan_that_would_spoil_the_engine_or_its_figures_is_a_fault(make, policy):
     driver = make()
