@@ -353,14 +353,14 @@ def _knobs(texts: Sequence[str]) -> Mapping[str, float]:
 
 def _model_and_flags(args: Sequence[str]) -> tuple[str | None, list[str]]:
     """The model (None: the embedded one) and what goes to vLLM. Raises `ConfigError` for a misspelt flag of ours."""
-    from taper.engines.vllm.command import value_of, without
+    from taper.engines.vllm.command import value_of, with_file, without
 
     for arg in args:
         if arg.startswith(OURS):
             raise ConfigError(f"unknown option {arg.partition('=')[0]}; see taper serve --help")
     if args and not args[0].startswith("-"):
         return args[0], list(args[1:])
-    named = value_of(args, "--model")
+    named = value_of(with_file(args), "--model")
     return (named, without(args, "--model")) if named else (None, list(args))
 
 

@@ -205,4 +205,5 @@ def test_the_death_of_one_engine_ends_the_server_and_the_requests_of_the_other(t
     while two.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     assert two.poll() == 0  # which `taper serve` makes a 1
+    psutil.wait_procs(workers, timeout=GRACE_S)
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)

@@ -1,7 +1,8 @@
 """How far a state machine is explored, and what it met on the way.
 
-By default one bounded round, the same everywhere. With TAPER_FUZZ_STEPS=N rounds of new examples, from seed
-TAPER_FUZZ_SEED (drawn where not given) upwards, until N steps were run. Hypothesis chooses, shrinks and prints.
+Rounds of examples from seed 0 upwards, until the usual number of steps were run. With TAPER_FUZZ_STEPS=N that many,
+from seed TAPER_FUZZ_SEED (drawn where not given). Hypothesis chooses, shrinks and prints. It takes constants of the
+loaded modules into its draws, so that one seed comes to the same only where the same tests are run.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ class Tally:
         return f"{self.name}: {counts}" + (f"; seeds {self.seeds[0]} to {self.seeds[-1]}" if self.seeds else "")
 
 
-def explore(machine: Callable[[Tally], RuleBasedStateMachine], tally: Tally, *, examples: int, rules: int) -> None:
-    """`examples` sequences of `rules` rules each, again and again with TAPER_FUZZ_STEPS."""
+def explore(
+    machine: Callable[[Tally], RuleBasedStateMachine], tally: Tally, *, steps: int, examples: int, rules: int
+) -> None:
+    """Rounds of `examples` sequences of `rules` rules each, until there were `steps` steps, or TAPER_FUZZ_STEPS."""
     wanted = int(os.environ.get(STEPS_VAR, "0"))
     bounds = settings(
         max_examples=examples,
         stateful_step_count=rules,
-        derandomize=not wanted,
+        derandomize=False,
         print_blob=bool(wanted),
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -48,15 +51,12 @@ def explore(machine: Callable[[Tally], RuleBasedStateMachine], tally: Tally, *, 
     def build() -> RuleBasedStateMachine:
         return machine(tally)
 
-    if not wanted:
-        run_state_machine_as_test(build, settings=bounds)
-        return
-    first = int(os.environ.get(SEED_VAR) or random.SystemRandom().randrange(MOST_SEEDS))
+    first = int(os.environ.get(SEED_VAR) or random.SystemRandom().randrange(MOST_SEEDS)) if wanted else 0
     for number in count(first):
         tally.seeds.append(number)
         print(f"{tally.name}: {SEED_VAR}={number}")  # shown by pytest where the round fails
         run_state_machine_as_test(seed(number)(build), settings=bounds)
-        if tally.counts["steps"] >= wanted:
+        if tally.counts["steps"] >= (wanted or steps):
             return
 
 

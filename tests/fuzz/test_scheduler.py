@@ -89,7 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         profile: dict[str, Any] | None,
         is_serial: bool,
     ) -> None:
-        self.is_serial, self.loras, self.rows = is_serial, loras, rows
+        self.is_serial, self.loras, self.rows, self.queue = is_serial, loras, rows, queue
         engine: dict[str, Any] = {
             "is_async": is_async,
             "rows": rows,
@@ -150,6 +150,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         names = [f"{index}_{name}" for index in range(width)] if width > 1 else [name]
         self.expected |= dict.fromkeys(names, tokens)
         self.tally["forks"] += width > 1
+        self.tally["with an adapter"] += given["lora"] > 0
+        self.tally["with a priority"] += self.queue == "priority" and priority != 0
         self.check_table()
 
     @precondition(lambda self: self.scheduler.requests)
@@ -221,10 +223,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         could = {one.request_id for one in running if self.runs_in_stock(one)}
         idle = not self.scheduler.running and not self.driver.in_flight
         waiting = idle and self.scheduler.has_unfinished_requests()
+        openings = {next(iter(group.unstarted)) for group in taper.table.groups.values() if not group.started}
         output = self.driver.schedule()
         self.tally["steps"] += 1
+        self.tally["drafts"] += len(output.scheduled_spec_decode_tokens)
         self.tally["preemptions"] += len(output.preempted_req_ids or ())
-        self.check_rows(output, could)
+        self.check_rows(output, could, openings)
         if self.scheduler.pause_state == PauseState.UNPAUSED:
             assert output.num_scheduled_tokens or output.preempted_req_ids or not (could or waiting), "an empty step"
         self.check_blocks()
@@ -241,8 +245,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         left = min(one.num_tokens_with_spec + one.num_output_placeholders, MODEL_TOKENS - 1) - one.num_computed_tokens
         return can_run(one, self.driver.is_async) and left > 0
 
-    def check_rows(self, output: Any, could: set[str]) -> None:
-        """P1 and P2, and that the step is the planned one."""
+    def check_rows(self, output: Any, could: set[str], openings: set[str]) -> None:
+        """P1 and P2, and that the step is the planned one: what is out of sight only opens its request."""
         taper, scheduled = self.driver.taper, set(output.num_scheduled_tokens)
         if self.scheduler.pause_state == PauseState.PAUSED_ALL:
             assert not scheduled
@@ -259,7 +263,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             run, _ = with_stand_ins(view, plan)
             ids = np.array([frame.columns.ids[index] for index in frame.branch])
             decodes = set(ids[run & view.resident & (view.prefill_tokens == 0)])
-            assert scheduled <= set(ids[run])
+            assert scheduled <= set(ids[run]) | openings.difference(frame.columns.ids)
             assert plan.predicted_s <= plan.budget_s * (1 + 1e-9) or np.array_equal(plan.run, plan.protected)  # P2
             if whole:
                 assert decodes <= scheduled
@@ -326,6 +330,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 def test_scheduler(tally: Tally, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     machine: Callable[[Tally], RuleBasedStateMachine] = lambda found: SchedulerMachine(found, tmp_path)  # noqa: E731
-    explore(machine, tally, examples=20, rules=30)
-    wanted = ("preemptions", "deferrals", "holds", "aborts", "forks", "pauses", "refused patches", "lockstep steps")
+    explore(machine, tally, steps=2000, examples=20, rules=30)
+    wanted = ["preemptions", "deferrals", "holds", "aborts", "forks", "pauses", "refused patches", "lockstep steps"]
+    wanted += ["with an adapter", "with a priority", "drafts"]
     assert [what for what in wanted if not tally.counts[what]] == []

@@ -89,6 +89,14 @@ def test_the_model_comes_first_or_with_its_flag(args: list[str], model: str | No
     assert _model_and_flags(args) == (model, rest)
 
 
+def test_a_model_may_stand_in_vllms_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: org/model\n")
+    assert _model_and_flags(["--config", str(file)]) == ("org/model", ["--config", str(file)])
+    assert _model_and_flags(["--config", str(file), "--model", "mine"])[0] == "mine"
+    assert _model_and_flags(["mine", "--config", str(file)])[0] == "mine"
+
+
 def test_vllm_flags_reach_vllm_as_they_are() -> None:
     """click must neither reorder nor interpret what is not ours."""
     seen: list[tuple[str, ...]] = []

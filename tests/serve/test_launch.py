@@ -90,6 +90,28 @@ def test_an_api_key_goes_with_control_requests(monkeypatch: pytest.MonkeyPatch) 
     assert Server("m").control_headers["Authorization"] == "Bearer from-env"
 
 
+def test_what_stands_in_vllms_config_file_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 18999\nhost: 0.0.0.0\napi-key: [k, other]\nssl-keyfile: key.pem\nenforce-eager: true\n")
+    server = Server("m", ["--config", str(file)])
+    assert server.url == "https://127.0.0.1:18999"
+    assert server.control_headers["Authorization"] == "Bearer k"
+    assert not {"--port", "--host"} & set(server.argv)
+    assert Server("m", ["--config", str(file), "--port", "18998"]).url == "https://127.0.0.1:18998"
+    file.write_text("uds: socket\n")
+    with pytest.raises(ConfigError, match="--uds does not go with taper serve"):
+        Server("m", ["--config", str(file)])
+
+
+@pytest.mark.parametrize("content", [None, "- port", "port: [", "8000", ""])
+def test_a_config_file_that_is_none(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "serve.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=f"^--config {file}: [^\n]+$"):
+        Server("m", ["--config", str(file)])
+
+
 def test_start_ready_and_stop(tmp_path: Path) -> None:
     with child(Server("m", log=tmp_path / "log"), HEALTHY) as server:
         assert server.poll() is None

@@ -104,6 +104,14 @@ def test_so_many_unstarted_branches_are_in_sight_as_there_are_row_slots(make):
     assert not table.extras
 
 
+def test_a_request_between_two_branches_stays_ahead_of_those_that_never_ran(make):
+    driver = make(config=OFF, rows=2)
+    driver.add(*fork("p", 2, tokens=3), *(request(name, arrival=1.0, tokens=20) for name in "abcd"))
+    while "0_p" not in driver.finished:
+        driver.step()
+    assert [group.key[1] for group in driver.taper.table.columns.groups] == ["a", "p", "b"]
+
+
 def test_requests_out_of_sight_queue_as_in_stock(make):
     driver = make(config=OFF, rows=8)
     driver.add(*fork("p", 4), *(request(f"s{at}", arrival=1.0 + at, tokens=5) for at in range(40)))

@@ -150,6 +150,31 @@ def has_flag(args: Sequence[str], flag: str) -> bool:
     return any(_flag_name(arg) == flag for arg in args)
 
 
+def with_file(args: Sequence[str]) -> list[str]:
+    """`args` with the flags of vLLM's `--config FILE` before them, to be looked up: what comes later wins.
+
+    Raises `ConfigError` for a file that cannot be read as a YAML mapping.
+    """
+    path = value_of(args, "--config")
+    if path is None:
+        return list(args)
+    import yaml  # as vLLM does, which brings it
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--config {path}: must hold flags and their values, as in `port: 8000`")
+    flags: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value != []:
+            flags += [f"--{name}", *(str(one) for one in (value if isinstance(value, list) else [value]))]
+    return [*flags, *args]
+
+
 def value_of(args: Sequence[str], flag: str) -> str | None:
     """The last value given for `flag`, or None."""
     value = None

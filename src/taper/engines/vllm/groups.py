@@ -17,6 +17,7 @@ client thinks.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -147,7 +148,7 @@ class GroupTable:
         self._caches_prefixes = caches_prefixes
         self._max_rows = max_rows
         self._running: dict[Hashable, Group] = {}  # has a started branch
-        self._queued: dict[Hashable, Group] = {}  # has none
+        self._queued: OrderedDict[Hashable, Group] = OrderedDict()  # has none
         self._silent: dict[Hashable, Group] = {}  # no token yet
         self._columns: Columns | None = None
 
@@ -285,7 +286,9 @@ class GroupTable:
             self.extras.discard(branch.request)
         if not group.started:
             self._running.pop(group.key, None)
-            self._queued.setdefault(group.key, group)
+            if group.key not in self._queued:
+                self._queued[group.key] = group
+                self._queued.move_to_end(group.key, last=False)  # it came before those that never ran
             self.extras.difference_update(other.request for other in islice(group.unstarted.values(), 1))
 
     def _stir(self, group: Group) -> None:

@@ -42,7 +42,7 @@ class ServerError(RuntimeError):
 class Server:
     """One vLLM server. As a context manager it starts on entry (and is ready then) and stops on exit.
 
-    vllm_args: any flags of `vllm serve`; they win over the embedded defaults.
+    vllm_args: any flags of `vllm serve`, its --config included; they win over the embedded defaults.
     stock: plain vLLM, without any of TAPER, as a baseline.
     embedded: fill in what suits the small embedded model, where `vllm_args` and the environment say nothing.
     port: None takes `--port` from `vllm_args`, else a free one.
@@ -71,24 +71,25 @@ class Server:
         self.stock = stock
         self.log = log
         args = command.embedded_args(vllm_args) if embedded else list(vllm_args)
-        command.check_args(args, stock=stock)
-        host, port = command.address(args, port)
+        known = command.with_file(args)
+        command.check_args(known, stock=stock)
+        host, port = command.address(known, port)
         self.port = port or free_port()
-        if not command.value_of(args, "--port"):
+        if not command.value_of(known, "--port"):
             args += ["--port", str(self.port)]
         if host is None:
             host = "127.0.0.1"
             args += ["--host", host]
-        self.url = f"{command.scheme(args)}://{command.connect_host(host)}:{self.port}"
+        self.url = f"{command.scheme(known)}://{command.connect_host(host)}:{self.port}"
         self.argv = [sys.executable, *command.server_command(model, args, stock=stock)]
         self.env = command.child_env(
             environ,
             config=None if stock else self.config.to_json(),
             embedded=embedded,
-            workers=command.local_workers(args),
+            workers=command.local_workers(known),
         )
         self._host = host
-        self._api_key = command.value_of(args, "--api-key") or environ.get("VLLM_API_KEY")
+        self._api_key = command.value_of(known, "--api-key") or environ.get("VLLM_API_KEY")
         self._process: subprocess.Popen[bytes] | None = None
         self._log_file: IO[bytes] | None = None
 
