@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -23,7 +23,7 @@ MOST_SEEDS = 1_000_000
 
 @dataclass(slots=True)
 class Tally:
-    """What one machine was put through; `counts["steps"]` decides when it is enough."""
+    """What one machine was put through; `counts` decides when it is enough."""
 
     name: str
     counts: Counter[str] = field(default_factory=Counter)
@@ -35,15 +35,24 @@ class Tally:
 
 
 def explore(
-    machine: Callable[[Tally], RuleBasedStateMachine], tally: Tally, *, steps: int, examples: int, rules: int
+    machine: Callable[[Tally], RuleBasedStateMachine],
+    tally: Tally,
+    *,
+    steps: int,
+    wanted: Sequence[str],
+    examples: int,
+    rules: int,
 ) -> None:
-    """Rounds of `examples` sequences of `rules` rules each, until there were `steps` steps, or TAPER_FUZZ_STEPS."""
-    wanted = int(os.environ.get(STEPS_VAR, "0"))
+    """Rounds of `examples` sequences of `rules` rules each, until there were `steps` steps, or TAPER_FUZZ_STEPS.
+
+    What is `wanted` must have occurred by then, or in ten times as many steps: chance may take its time.
+    """
+    asked = int(os.environ.get(STEPS_VAR, "0"))
     bounds = settings(
         max_examples=examples,
         stateful_step_count=rules,
         derandomize=False,
-        print_blob=bool(wanted),
+        print_blob=bool(asked),
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -51,12 +60,14 @@ def explore(
     def build() -> RuleBasedStateMachine:
         return machine(tally)
 
-    first = int(os.environ.get(SEED_VAR) or random.SystemRandom().randrange(MOST_SEEDS)) if wanted else 0
+    first = int(os.environ.get(SEED_VAR) or random.SystemRandom().randrange(MOST_SEEDS)) if asked else 0
     for number in count(first):
         tally.seeds.append(number)
         print(f"{tally.name}: {SEED_VAR}={number}")  # shown by pytest where the round fails
         run_state_machine_as_test(seed(number)(build), settings=bounds)
-        if tally.counts["steps"] >= (wanted or steps):
+        missing = [what for what in wanted if not tally.counts[what]]
+        if tally.counts["steps"] >= (asked or steps) * (10 if missing else 1):
+            assert missing == []
             return
 
 
