@@ -11,7 +11,6 @@ import asyncio
 import datetime
 import signal
 import sys
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import islice
@@ -37,6 +36,7 @@ from taper.core.types import ConfigError
 from taper.fleet import STOCK, LocalFleet, RemoteFleet
 from taper.profile import load_profile, parse_profile
 from taper.results import Run
+from taper.sim.toml import parse_table, read_text
 from taper.workload import Arrivals, Mix, Replay, Source, Synthetic, parse_mix, profile, read_trace
 from taper.workload.branching import NONE
 from taper.workload.regime import concurrency_for, output_factor
@@ -302,10 +302,8 @@ def source_of(options: BenchOptions) -> Source:
         return Replay(rows=rows, branching=shape)
     mix = Mix()
     if options.mix_path is not None:
-        try:
-            mix = parse_mix(tomllib.loads(options.mix_path.read_text(encoding="utf-8")), str(options.mix_path))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"--mix {options.mix_path}: {error}") from error
+        where = f"--mix {options.mix_path}"
+        mix = parse_mix(parse_table(read_text(str(options.mix_path), where), where), where)
     if shape is not None:
         mix = replace(mix, branching=shape)
     return Synthetic(mix=mix, arrivals=options.arrivals)

@@ -9,7 +9,6 @@ import asyncio
 import json
 import random
 import shutil
-import tomllib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from taper.records import RecordError, request_file, step_file
 from taper.results import ResultsError, document, read_runs
 from taper.sim import hardware, scenario
 from taper.sim.command import Options, cases_of
+from taper.sim.toml import parse_table
 from taper.trace.decision import Decision, dump
 from taper.trace.file import read_trace as read_decisions
 from taper.trace.replay import replay
@@ -250,8 +250,8 @@ READERS = {
     "machine": Reader(use_machine, (ConfigError,), toml_texts(*MACHINES)),
     "scenario": Reader(use_scenario, (ConfigError,), toml_texts(*SCENARIOS)),
     "mix": Reader(
-        lambda text, _: parse_mix(tomllib.loads(text), "x").request(seed=1, index=1),
-        (ConfigError, tomllib.TOMLDecodeError),
+        lambda text, _: parse_mix(parse_table(text, "x"), "x").request(seed=1, index=1),
+        (ConfigError,),
         toml_texts(MIX),
     ),
     "bench folder": Reader(

@@ -22,6 +22,10 @@ Bools = NDArray[np.bool_]
 class ConfigError(ValueError):
     """A setting that TAPER refuses; the message names the field, the value and what is allowed."""
 
+    def __str__(self) -> str:
+        """Printable everywhere: JSON and Python can spell half of a character, which UTF-8 cannot."""
+        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 def knob(default: float, *, low: float, high: float, unit: str, doc: str) -> Any:
     """A dataclass field that carries its own range, unit and documentation."""

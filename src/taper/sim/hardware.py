@@ -32,7 +32,7 @@ MAD_TO_SIGMA = 1.2533  # from the mean absolute deviation of a normal distributi
 
 _Cost = Annotated[float, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
-_Count = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1, le=10**12)]  # above any machine, below what is no float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
