@@ -83,9 +83,17 @@ def metric(server: Server, name: str, **labels: str) -> list[float]:
 
 def eventually(value: Callable[[], Any], wanted: Any) -> None:
     """Metrics may be as old as the engine's last answer."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + GRACE_S
     while (found := value()) != wanted:
         assert time.monotonic() < deadline, f"{found} is not {wanted}"
+        time.sleep(0.2)
+
+
+def caught_up(server: Server) -> None:
+    """From here on /metrics knows all that happened before, which at first it may not, or know nothing."""
+    asked_s = time.monotonic()
+    while not all(0 < age_s < time.monotonic() - asked_s for age_s in metric(server, "taper:snapshot_age_seconds")):
+        assert time.monotonic() < asked_s + GRACE_S
         time.sleep(0.2)
 
 
@@ -112,7 +120,8 @@ def test_a_client_may_choose_the_engine(two, body, rank):
 
 
 def test_a_program_runs_on_one_engine_from_fork_to_join(two):
-    shape = {"lead_tokens": 4, "stages": [{"branches": 4, "tokens": 24, "then_tokens": 4}]}
+    shape = {"lead_tokens": 4, "stages": [{"branches": 4, "tokens": 64, "then_tokens": 4}]}
+    caught_up(two)
     joins = metric(two, "taper:joins_total")
     for _ in range(ENGINES):
         seen = watched(two, [by_protocol("scripted", options=shape)])
@@ -126,6 +135,7 @@ def test_metrics_tell_the_engines_apart_and_add_up(two):
         "taper:requests_total": {"class": "branching"},
         "vllm:request_success_total": {"finished_reason": "length"},
     }
+    caught_up(two)
     before = {name: metric(two, name, **labels) for name, labels in names.items()}
     watched(two, [{"n": 4}, {"n": 2}, {"n": 3}])
     watched(two, [{"n": 5}], **{RANK: "1"})
