@@ -19,6 +19,7 @@ FLOORS = (
         "claims",
         "tenancy",
         "profile",
+        "files",
         "records",
         "trace",
         "goodput",

@@ -33,10 +33,10 @@ from taper.bench.table import comparison
 from taper.bench.verdict import FOREIGN_CPU_LIMIT
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError
+from taper.files import parse_table, read_text
 from taper.fleet import STOCK, LocalFleet, RemoteFleet
 from taper.profile import load_profile, parse_profile
 from taper.results import Run
-from taper.sim.toml import parse_table, read_text
 from taper.workload import Arrivals, Mix, Replay, Source, Synthetic, parse_mix, profile, read_trace
 from taper.workload.branching import NONE
 from taper.workload.regime import concurrency_for, output_factor

@@ -151,9 +151,8 @@ def test_nobody_listens() -> None:
 def test_a_server_that_closes_idle_connections_costs_no_request() -> None:
     """By its timer it does so at the very moment at which the next stage would take one."""
     engine = FakeEngine(tires=True)
-    assert (
-        run(engine, request=Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=20, stages=((4,),) * 3)).error is None
-    )
+    staged = Request(seed=3, index=7, arrival_s=0.0, prompt_tokens=20, stages=((4,),) * 3)
+    assert run(engine, request=staged).error is None
     assert len(engine.requests) == 3
 
 

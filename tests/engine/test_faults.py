@@ -261,8 +261,7 @@ class InFlight:
         ]
         for path, reading, begun in zip(STREAMS, self._reading, all_begun, strict=True):
             while not begun.wait(1):
-                ended = reading.done() and reading.exception()
-                assert not reading.done(), f"{path}: {ended!r}\n{serving.output()[-3000:]}"
+                assert not reading.done(), f"{path}: {reading.exception()!r}\n{serving.output()[-3000:]}"
 
     def _read(self, url: str, body: dict[str, Any], begun: threading.Event) -> list[str]:
         lines = []

@@ -31,6 +31,7 @@ from taper.core.latency import LinearLatency
 from taper.core.policies import Guidance, Taper
 from taper.core.types import ConfigError, Knobs, Slo
 from taper.engines.vllm import command
+from taper.files import parse_table
 from taper.forkjoin.compile import chat_program, explicit_program
 from taper.forkjoin.plan import End, Fork
 from taper.forkjoin.protocol import resolve_protocol
@@ -41,7 +42,6 @@ from taper.records import RecordError, request_file, step_file
 from taper.results import ResultsError, document, read_runs
 from taper.sim import hardware, scenario
 from taper.sim.command import Options, cases_of
-from taper.sim.toml import parse_table
 from taper.trace.decision import Decision, dump
 from taper.trace.file import read_trace as read_decisions
 from taper.trace.replay import replay

@@ -103,7 +103,9 @@ def test_what_stands_in_vllms_config_file_is_known(tmp_path: Path) -> None:
         Server("m", ["--config", str(file)])
 
 
-@pytest.mark.parametrize("content", [None, "- port", "port: [", "8000", ""])
+@pytest.mark.parametrize(
+    "content", [None, "- port", "port: [", "8000", "", "since: 2020-99-99", "[" * 9999], ids=range(7)
+)
 def test_a_config_file_that_is_none(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "serve.yaml"
     if content is not None:

@@ -25,6 +25,8 @@ from taper.workload.request import Request
 
 Clock = Callable[[], float]
 MS_PER_S = 1000.0
+# A connection of its own for each call, as independent clients have it: a server closes what was idle for some seconds
+# (vLLM: 5), and a call that takes a kept connection at that moment fails.
 NO_KEEP_ALIVE = {"Connection": "close"}
 _DIALOGUES: dict[DialogueName, Callable[[Request], Dialogue]] = {"chat": ChatDialogue, "tokens": TokenDialogue}
 
@@ -76,8 +78,6 @@ class LoadClient:
             api_key=api_key,
             max_retries=0,
             timeout=3600.0,
-            # Of its own for each call, as independent clients have it: a server closes what was idle for some seconds
-            # (vLLM: 5), and a call that takes a kept connection at that moment fails.
             default_headers=NO_KEEP_ALIVE,
             # A proxy of the environment is for the world outside, not for a server on this machine.
             http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(base_url)),

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from taper.core.types import writable
 from taper.records import ChoiceRecord
 
 MOST = 1 << 40  # of any count in an event
@@ -91,7 +92,7 @@ class StreamReader:
     def _read(self, event: dict[str, Any], now_s: float) -> None:
         if problem := event.get("error"):
             message = problem.get("message", problem) if isinstance(problem, dict) else problem
-            self.error = _writable(str(message))
+            self.error = writable(str(message))
         if usage := event.get("usage"):
             self.prompt_tokens = _count(usage.get("prompt_tokens", 0))
             completion = usage.get("completion_tokens")
@@ -105,7 +106,7 @@ class StreamReader:
         if self._keep:
             self._said(index, choice)
         if reason := choice.get("finish_reason"):
-            self._finished[index] = _writable(str(reason))
+            self._finished[index] = writable(str(reason))
         if tokens == 0:
             return
         branch = self._branches.get(index)
@@ -143,8 +144,3 @@ def _text(choice: dict[str, Any]) -> str:
     if not isinstance(text, str):
         raise TypeError("text must be a string")
     return text
-
-
-def _writable(text: str) -> str:
-    """Half a surrogate pair, which JSON can spell, would break the record that this goes into."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -23,8 +23,12 @@ class ConfigError(ValueError):
     """A setting that TAPER refuses; the message names the field, the value and what is allowed."""
 
     def __str__(self) -> str:
-        """Printable everywhere: JSON and Python can spell half of a character, which UTF-8 cannot."""
-        return super().__str__().encode("utf-8", "backslashreplace").decode("utf-8")
+        return writable(super().__str__())
+
+
+def writable(text: str) -> str:
+    """`text` as UTF-8 can carry it: JSON can spell half a surrogate pair, and nothing could print or keep that."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def knob(default: float, *, low: float, high: float, unit: str, doc: str) -> Any:

@@ -18,8 +18,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from taper.core.latency import LinearLatency
 from taper.core.types import ConfigError, StepLoad
+from taper.files import parse_table, read_text
 from taper.profile import load_profile
-from taper.sim.toml import parse_table, read_text
 
 # vLLM's default decode graphs: 1, 2, 4, then multiples of 8 up to 256, of 16 up to 512.
 CUDA_GRAPH_SIZES = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from taper.core.types import ConfigError, Slo, StepLoad, check_range
+from taper.files import parse_table, read_text
 from taper.sim.cost import Disturbance
 from taper.sim.hardware import Hardware
 from taper.sim.loop import Engine
-from taper.sim.toml import parse_table, read_text
 from taper.workload import (
     Arrivals,
     Demand,

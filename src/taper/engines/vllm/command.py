@@ -11,6 +11,7 @@ from pathlib import Path
 
 from taper.config import ENV_VAR
 from taper.core.types import ConfigError
+from taper.files import read_text
 
 SCHEDULER = "taper.engines.vllm.scheduler.TaperScheduler"
 MIDDLEWARE = "taper.engines.vllm.middleware.ClaimsMiddleware"
@@ -160,12 +161,14 @@ def with_file(args: Sequence[str]) -> list[str]:
         return list(args)
     import yaml  # as vLLM does, which brings it
 
+    where = f"--config {path}"
+    text = read_text(path, where)
     try:
-        settings = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from error
+        settings = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # a date that is none is a plain ValueError
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"--config {path}: must hold flags and their values, as in `port: 8000`")
+        raise ConfigError(f"{where}: must hold flags and their values, as in `port: 8000`")
     flags: list[str] = []
     for name, value in settings.items():
         if isinstance(value, bool):

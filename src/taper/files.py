@@ -1,4 +1,4 @@
-"""TOML files as a user hands them over: machines and scenarios."""
+"""Files as a user hands them over: whatever is wrong with one is a `ConfigError` that names it."""
 
 from __future__ import annotations
 
