@@ -12,7 +12,7 @@ VERSIONS := 0.28.0
 STEPS := 100000
 export EXTRA PYTHON TORCH_INDEX_URL VLLM
 
-.PHONY: help setup demo test test-fast test-versions fuzz seams lint format bench-decide bench-neutrality bench-visibility supply audit doctor model clean \
+.PHONY: help setup setup-versions demo test test-fast test-versions fuzz seams lint format bench-decide bench-neutrality bench-visibility supply audit doctor model clean \
 	distclean
 
 help: ## this list
@@ -30,9 +30,12 @@ test: lint ## lint, types and all tests, with real engines (about 20 minutes on 
 test-fast: setup ## the tests that start no engine
 	@$(BIN)/python -m pytest -m "not engine" $(ARGS)
 
-test-versions: ## seams and scheduler on the other releases of vLLM that we test (VERSIONS), no engine
+setup-versions: ## the environments of `test-versions`
+	@set -e; for version in $(VERSIONS); do VLLM=$$version scripts/setup.sh; done
+
+test-versions: setup-versions ## seams and scheduler on the other releases of vLLM that we test (VERSIONS), no engine
 	@set -e; for version in $(VERSIONS); do \
-	  VLLM=$$version scripts/setup.sh; .venv-$$version/bin/python -m pytest tests/vllm $(ARGS); \
+	  .venv-$$version/bin/python -m pytest tests/vllm $(ARGS); \
 	done
 
 fuzz: setup ## new random steps, half of STEPS for the controller and half for the scheduler, and 20 x the usual inputs

@@ -1,6 +1,6 @@
 """Half an hour of overload on one server: does its memory stay flat, does anything fail, are the SLO classes kept?
 
-    python benchmarks/soak.py [--minutes N] [--load X] [--out PREFIX]
+    python benchmarks/soak.py [--minutes N] [--load X] [--stock] [--out PREFIX]
 
 Serves the embedded model under policy `taper` and offers 1.5 times what fits the SLO, open loop: half of the requests
 branch (half of those with n > 1, half in several tagged stages that fork and join), in three SLO classes that each
@@ -9,6 +9,8 @@ as `taper bench` finds them. What waits longer than `--patience-s` at the client
 
 Every 5 s: memory, open files and threads of every process of the server, and what /metrics and /taper/state say. Writes
 PREFIX.jsonl (a line per sample, then a line per minute, class and kind of request), PREFIX.json and PREFIX.png.
+
+With `--stock` the load is found in the same way and then offered to a plain vLLM: what grows there is not ours.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from taper.bench.measure import Target, switch
 from taper.bench.pilot import measured_scale
 from taper.bench.soak import SoakClient, by_class, by_minute, outcome, slope_of
 from taper.engines.vllm.launch import exit_on_sigterm
-from taper.fleet import LocalFleet
+from taper.fleet import STOCK, LocalFleet
 from taper.goodput import summarize
 from taper.workload import Branching, Lengths, Mix, Regime, Stage, Synthetic, contended
 from taper.workload.mix import n_siblings
@@ -99,13 +101,18 @@ class Outcome:
     begin_s: float
     samples: list[dict[str, Any]]
     cpu: machine.CpuShare | None
-    left_groups: int  # in the engine after the drain
+    left_groups: int | None  # in the engine after the drain; None for a stock one, which has none
 
 
 class Sampler:
-    """Reads the server every few seconds and writes a line each time. A reading that fails is a line that says so."""
+    """Reads the server every few seconds and writes a line each time. A reading that fails is a line that says so.
 
-    def __init__(self, control: ControlClient, http: httpx.AsyncClient, out: IO[str], progress: Progress) -> None:
+    control: None for a stock server, which has no state of ours to ask for.
+    """
+
+    def __init__(
+        self, control: ControlClient | None, http: httpx.AsyncClient, out: IO[str], progress: Progress
+    ) -> None:
         self._control, self._http, self._out, self._progress = control, http, out, progress
         self._cpu = machine.read_cpu(())
         self.samples: list[dict[str, Any]] = []
@@ -127,10 +134,11 @@ class Sampler:
         sample["foreign_cpu"] = round(share.foreign, 3) if share else None
         sample |= {"in_service": self._progress.in_service, "waiting": self._progress.waiting}
         try:
-            (state,) = await self._control.engines()
-            sample |= {name: state["tables"][name] for name in ("groups", "branches", "pending_steps")}
-            sample |= {"kv_usage": round(state["kv_usage"], 4), **state["totals"]}
-            sample["scale"] = round(state["correction"]["scale"], 3)
+            if self._control is not None:
+                (state,) = await self._control.engines()
+                sample |= {name: state["tables"][name] for name in ("groups", "branches", "pending_steps")}
+                sample |= {"kv_usage": round(state["kv_usage"], 4), **state["totals"]}
+                sample["scale"] = round(state["correction"]["scale"], 3)
             sample["metrics"] = metrics_of((await self._http.get("/metrics")).raise_for_status().text)
         except (ControlError, httpx.HTTPError) as error:
             sample["error"] = f"{type(error).__name__}: {error}"
@@ -206,29 +214,32 @@ async def soak(options: argparse.Namespace, out: IO[str]) -> Outcome:
         say=print,
     )
     async with fleet:
-        target = await fleet.target("taper")
-        control = target.control
-        assert control is not None
-        regime, scale, step_s = await found_regime(target, fleet, options)
+        regime, scale, step_s = await found_regime(await fleet.target("taper"), fleet, options)
         print(f"steps under load take {scale:.2f} x the law; {regime.reason}", flush=True)
         load_s = options.minutes * 60.0
         plan = WindowPlan(ramp_s=RAMP_S, measure_s=load_s - RAMP_S, drain_s=DRAIN_S)
         planned = tuple(regime.source.requests(seed=options.seed, rate_rps=regime.rate_rps, horizon_s=load_s))
+        policy = STOCK if options.stock else "taper"
+        target = await fleet.target(policy)
+        control, url = target.control, target.client.base_url.removesuffix("/v1/")
         client = SoakClient(
             target.client, patience_s=options.patience_s, abort_share=options.abort_share, step_s=step_s
         )
-        await switch("taper", regime.slo, control)
+        if control is not None:
+            await switch(policy, regime.slo, control)
         progress, begin_s, before = Progress(), time.monotonic(), machine.read_cpu(())
-        async with httpx.AsyncClient(base_url=control.url, timeout=30.0, trust_env=False) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=30.0, trust_env=False) as http:
             sampler = Sampler(control, http, out, progress)
             sampling = asyncio.create_task(sampler.run(begin_s))
             result = await run_window(
-                client, planned, regime=regime, plan=plan, policy="taper", round_=0, progress=progress
+                client, planned, regime=regime, plan=plan, policy=policy, round_=0, progress=progress
             )
             sampling.cancel()
         cpu = machine.cpu_share(before, machine.read_cpu(()))
-        await control.until_idle()
-        left = sum(one["tables"]["groups"] for one in await control.engines())
+        left = None
+        if control is not None:
+            await control.until_idle()
+            left = sum(one["tables"]["groups"] for one in await control.engines())
     return Outcome(
         regime=regime, law_scale=scale, step_s=step_s, result=result, begin_s=begin_s, samples=sampler.samples, cpu=cpu,
         left_groups=left,
@@ -295,7 +306,8 @@ def memory(samples: Sequence[dict[str, Any]], *, after_s: float, until_s: float)
 def counters(found: Outcome) -> dict[str, Any]:
     """What must be zero, and what must not grow."""
     read = [one for one in found.samples if "error" not in one]
-    half = len(read) // 2
+    ours = [one for one in read if "groups" in one]  # none of a stock server's
+    half = len(ours) // 2
 
     def most(name: str, some: Sequence[dict[str, Any]]) -> float:
         return max((one[name] for one in some), default=0)
@@ -309,7 +321,7 @@ def counters(found: Outcome) -> dict[str, Any]:
         "rejected_claims": last.get("rejected_claims"),
         "preemptions": last.get("metrics", {}).get("vllm:num_preemptions_total"),
         **{
-            f"{name}_most": [most(name, read[:half]), most(name, read[half:])]  # of either half of the run
+            f"{name}_most": [most(name, ours[:half]), most(name, ours[half:])]  # of either half of the run
             for name in ("groups", "branches", "pending_steps", "kv_usage")
         },
         "groups_after_drain": found.left_groups,
@@ -368,6 +380,7 @@ def main() -> None:
     parser.add_argument("--abort-share", type=float, default=0.05)
     parser.add_argument("--patience-s", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock", action="store_true", help="soak a plain vLLM instead")
     parser.add_argument("--profile", type=Path, help="a latency profile; left out: the cached one, or a calibration")
     parser.add_argument("--out", type=Path, default=Path("soak"), metavar="PREFIX")
     options = parser.parse_args()

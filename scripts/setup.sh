@@ -6,7 +6,7 @@
 #                    in an environment of its own: .venv-VERSION
 #   TORCH_INDEX_URL=...  where the pinned CPU build of torch is, should your package index lack it
 #   TEST_TOOLS=1     with root on Debian or Ubuntu: also install chromium and prometheus where they are missing
-#                    (CI sets it; the tests that need them are skipped without)
+#                    (CI sets it; the tests that need them are skipped without); not with VLLM
 #   PYTHON=...       interpreter to use (default: the first of Python 3.11, 3.12, 3.13 that is found)
 #
 # Interrupted at any point, the next run starts again from an empty environment.
@@ -75,7 +75,8 @@ run() {
   return "$status"
 }
 
-pip_install() { run "$1" "$VENV/bin/python" -m pip install "${@:2}"; }
+# Python compiles what is imported when it is: compiling all that is installed takes longer than the download.
+pip_install() { run "$1" "$VENV/bin/python" -m pip install --no-compile "${@:2}"; }
 
 install_packages() {
   local extra=$1 torch
@@ -148,10 +149,10 @@ main() {
   say "Set-up done in $SECONDS s"
 }
 
-# One set-up at a time: `make demo` and `make test` may be started together.
-exec 9>.venv.lock
+# One set-up of an environment at a time: `make demo` and `make test` may be started together.
+exec 9>"$VENV.lock"
 if command -v flock >/dev/null; then
   flock -n 9 || { say "another set-up is running; waiting"; flock 9; }
 fi
 main
-test_tools
+if [[ -z ${VLLM:-} ]]; then test_tools; fi

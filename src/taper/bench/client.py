@@ -97,6 +97,10 @@ class LoadClient:
         await self._openai.close()
 
     @property
+    def base_url(self) -> str:
+        return str(self._openai.base_url)
+
+    @property
     def clock(self) -> Clock:
         return self._clock
 
