@@ -45,7 +45,7 @@ def test_a_file_that_is_not_text_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     path = tmp_path / "config.json"
     path.write_bytes(b"\xff\xfe")
     monkeypatch.setenv(ENV_VAR, str(path))
-    with pytest.raises(ConfigError, match=r"config\.json', which is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"config\.json', which cannot be read: 'utf-8' codec"):
         ServerConfig.from_env()
 
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, TypeVar
 
 from taper.claims import ClaimLimits
 from taper.core.policies import Policy, PolicyFactory, resolve
 from taper.core.types import ConfigError, Knobs, Slo
+from taper.files import parse_json, read_text
 
 ENV_VAR = "TAPER_CONFIG"
 POLICY_ENTRY_POINTS = "taper.policies"
@@ -66,21 +66,13 @@ class ServerConfig:
             return cls()
         if value.startswith("{"):
             return cls.from_json(value, where=ENV_VAR)
-        try:
-            text = Path(value).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{ENV_VAR} names {value!r}, which cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{ENV_VAR} names {value!r}, which is not UTF-8 text") from error
+        text = read_text(value, f"{ENV_VAR} names {value!r}, which cannot be read")
         return cls.from_json(text, where=value)
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> ServerConfig:
         """Raises `ConfigError` for broken JSON, an unknown key or a bad value, naming `where` it stands."""
-        try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep a nesting
-            raise ConfigError(f"{where}: not JSON: {error}") from error
+        raw = parse_json(text, where)
         try:
             raw = _known(cls, raw, "config")
             raw["slo"] = settings(Slo, raw.get("slo", {}), "slo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,11 @@ def parse_table(text: str, where: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise ConfigError(f"{where}: not TOML: {error}") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Raises `ConfigError`, beginning with `where`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep a nesting
+        raise ConfigError(f"{where}: not JSON: {error}") from error

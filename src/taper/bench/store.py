@@ -23,6 +23,7 @@ from typing import IO, Any, Self
 from taper.bench.measure import Measured
 from taper.bench.report import write_json
 from taper.core.types import ConfigError
+from taper.files import parse_json, read_text
 from taper.records import RequestRecord, request_file
 from taper.results import Run, document, read_runs
 
@@ -103,14 +104,10 @@ def _slot(run: Run) -> str:
 
 
 def _read_meta(path: Path, meta: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(meta.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--out {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--out {path}: meta.json is not JSON: {error}") from error
+    where = f"--out {path}"
+    body = parse_json(read_text(str(meta), where), f"{where}: meta.json")
     if not isinstance(body, dict) or body.get("schema") != SCHEMA or not isinstance(body.get("settings"), dict):
-        raise ConfigError(f"--out {path}: meta.json is not of schema {SCHEMA}")
+        raise ConfigError(f"{where}: meta.json is not of schema {SCHEMA}")
     return body
 
 
