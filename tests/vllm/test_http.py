@@ -253,6 +253,19 @@ def test_branches_of_one_request_are_bounded(monkeypatch, fields, status):
     assert post("/v1/completions", json.dumps(fields).encode())[0] == status
 
 
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"background": True}, 200),
+        ({"background": True, "vllm_xargs": {"taper_group": "g"}}, 400),
+        ({"background": "yes", "vllm_xargs": {"taper_group": "g"}}, 400),
+        ({"background": False, "vllm_xargs": {"taper_group": "g"}}, 200),
+    ],
+)
+def test_what_runs_in_the_background_cannot_be_counted_under_a_tag(fields, status):
+    assert post("/v1/responses", json.dumps(fields).encode())[0] == status
+
+
 def test_branches_in_flight_under_one_tag_are_bounded_and_come_free(monkeypatch):
     monkeypatch.setenv(ENV_VAR, ServerConfig(limits=ClaimLimits(max_branches=2)).to_json())
     gate, statuses = asyncio.Event(), []

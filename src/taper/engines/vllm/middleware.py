@@ -165,6 +165,8 @@ class ClaimsMiddleware:
         check_branches("n", demand.n, terms.limits)
         if claims.group is not None:
             check_branches("taper_group", demand.tagged, terms.limits)
+            if demand.request.get("background") not in (None, False):  # answered at once: it would count for nothing
+                raise ConfigError("taper_group does not go with background: its branches could not be counted")
         return claims
 
 
