@@ -24,7 +24,7 @@ from tests.bench.server import FakeEngine, serving
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2023-11-16 18:00:0{second}.0,{100 + second},{5 + second}\n" for second in range(10)
 )
-QUICK = ("--rounds", "1", "--ramp-s", "0.1", "--measure-s", "1", "--drain-s", "20", "--foreign-cpu", "1")
+QUICK = ("--rounds", "1", "--ramp-s", "0.1", "--measure-s", "1", "--drain-s", "300", "--foreign-cpu", "1")
 
 
 @contextmanager

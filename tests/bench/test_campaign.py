@@ -45,7 +45,7 @@ CAMPAIGN = Campaign(
     policies=("off", "eager", "taper"),
     rounds=2,
     seed=4,
-    plan=WindowPlan(ramp_s=0.1, measure_s=1.4, drain_s=20.0),
+    plan=WindowPlan(ramp_s=0.1, measure_s=1.4, drain_s=300.0),
 )
 
 

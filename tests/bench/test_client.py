@@ -95,11 +95,11 @@ def test_a_refusal_is_a_record_with_its_cause_on_one_line() -> None:
 
 async def stalling(body: Body) -> AsyncIterator[bytes]:
     yield token(0, [1]) + token(1, [1])
-    await asyncio.sleep(30)
+    await asyncio.sleep(3600)
 
 
 def test_a_time_out_keeps_what_came() -> None:
-    record = run(FakeEngine(script=stalling), timeout_s=3.0)
+    record = run(FakeEngine(script=stalling), timeout_s=8.0)
     assert record.error is not None
     assert record.error.startswith("time-out")
     assert record.tokens == 2
@@ -139,7 +139,7 @@ def test_nobody_listens() -> None:
     async def session() -> RequestRecord:
         async with LoadClient(base_url="http://127.0.0.1:9/v1", model="m") as client:
             now_s = time.monotonic()
-            sending = Sending(policy="p", round=0, slo=Slo(), scheduled_s=now_s, deadline_s=now_s + 5)
+            sending = Sending(policy="p", round=0, slo=Slo(), scheduled_s=now_s, deadline_s=now_s + 60)
             return await client.run(SPEC, sending)
 
     error = asyncio.run(session()).error

@@ -35,7 +35,7 @@ SOURCE = Synthetic(
         ),
     )
 )
-PLAN = WindowPlan(ramp_s=0.1, measure_s=0.6, drain_s=20.0)
+PLAN = WindowPlan(ramp_s=0.1, measure_s=0.6, drain_s=300.0)
 SWEEP = Sweep(
     source=SOURCE.scaled(0.2),
     points=(Point(share=0.5, rate_rps=20.0, slo_tpot_s=5.0), Point(share=0.0, rate_rps=20.0, slo_tpot_s=5.0)),
@@ -117,10 +117,8 @@ def test_a_sweep_fills_its_folder_and_a_finished_one_runs_nothing(tmp_path: Path
     runs = perform(SWEEP, tmp_path / "out")
     assert [run.conditions.window for run in runs] == [f"{slot.name}/try0" for slot in slots(SWEEP)]
     assert all(run.conditions.accepted for run in runs)
-    assert {(run.conditions.share, run.summary.attainment_branching is None) for run in runs} == {
-        (0.5, False),
-        (0.0, True),
-    }
+    branching = {run.conditions.share for run in runs if run.summary.attainment_branching is not None}
+    assert branching == {0.5}
     assert read_runs(tmp_path / "out" / "runs.json") == runs
     records = list(request_file().read(tmp_path / "out" / "requests.jsonl"))
     assert {record.window for record in records} == {run.conditions.window for run in runs}
@@ -156,7 +154,8 @@ def test_a_window_on_a_busy_machine_is_kept_marked_and_repeated(tmp_path: Path) 
 
 
 def test_a_server_without_taper_has_no_account_of_its_own(tmp_path: Path) -> None:
-    stock = replace(SWEEP, rounds=1, points=SWEEP.points[:1], policies=("stock",))
+    long = replace(PLAN, measure_s=3.0)
+    stock = replace(SWEEP, rounds=1, points=SWEEP.points[:1], policies=("stock",), plan=long)
     engine = FakeEngine()
     (run,) = perform(stock, tmp_path, engine=engine, controlled=False)
     assert engine.patches == []

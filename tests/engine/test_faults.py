@@ -28,12 +28,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from taper.engines.vllm.calibrate import engine_key
 from taper.engines.vllm.launch import free_port
 from taper.profile import Profile, save_profile
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
 SLO_MS = 200  # with it some of eight branches are admitted, and whether they are can be seen
-READY_S, GRACE_S = 300.0, 60.0
+READY_S, GRACE_S = 900.0, 180.0
 STANDSTILL_S = 3.0
 USAGE_STATUS, KILLED_STATUS = 2, 137
 POLICIES = ("Raising", "Planning", "Predicting", "Jumping")
@@ -88,8 +89,13 @@ class Serving:
             return http.post("/v1/taper/control", json=patch)
 
     def metric(self, name: str) -> float:
-        families = text_string_to_metric_families(self.get("/metrics").raise_for_status().text)
-        (value,) = [sample.value for family in families for sample in family.samples if sample.name == name]
+        """Waits for a server that cannot say yet: its first answer may be late."""
+
+        def values() -> list[float]:
+            families = text_string_to_metric_families(self.get("/metrics").raise_for_status().text)
+            return [sample.value for family in families for sample in family.samples if sample.name == name]
+
+        (value,) = eventually(values, bool)
         return value
 
     def stop(self) -> int:
@@ -159,24 +165,21 @@ def test_a_faulty_policy_costs_no_request_and_no_token(serving, policy, is_fault
     assert mixed_load(serving) == WHOLE
     faults = serving.state()["totals"]["fallbacks"] - before
     assert (faults > 0) == is_fault
-    assert serving.metric("taper:fallbacks_total") == before + faults
+    eventually(lambda: serving.metric("taper:fallbacks_total"), lambda found: found == before + faults)
     assert serving.control({"policy": "taper"}).is_success
     assert mixed_load(serving) == WHOLE
-    after = serving.state()
+    after = eventually(serving.state, lambda state: not any(state["tables"].values()))
     assert after["totals"]["fallbacks"] == before + faults
-    assert after["tables"] == {"groups": 0, "branches": 0, "pending_steps": 0}
     assert serving.output().count("TAPER fault, later ones only count") <= 1
 
 
 def test_a_full_disk_ends_the_trace_and_nothing_else(serving):
     assert mixed_load(serving) == WHOLE
-    deadline = time.monotonic() + 30
-    while "TAPER's trace ends here: /dev/full: [Errno 28] No space left on device" not in serving.output():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    ends = "TAPER's trace ends here: /dev/full: [Errno 28] No space left on device"
+    eventually(serving.output, lambda output: ends in output)
     before = serving.metric("taper:trace_dropped_total")
     assert mixed_load(serving) == WHOLE
-    assert serving.metric("taper:trace_dropped_total") > before
+    eventually(lambda: serving.metric("taper:trace_dropped_total"), lambda found: found > before)
     assert serving.output().count("TAPER's trace ends here") == 1
 
 
@@ -185,7 +188,7 @@ def test_an_engine_that_stood_still_goes_on_where_it_was(serving):
     core, model = serving.engine_core(), model_of(serving)
 
     async def stand_still() -> list[httpx.Response]:
-        running = asyncio.create_task(posts(serving, [completion(model, n=4, max_tokens=64), completion(model)]))
+        running = asyncio.create_task(posts(serving, [completion(model, n=4, max_tokens=200), completion(model)]))
         while not (await asyncio.to_thread(serving.state))["tables"]["branches"]:
             assert not running.done()
         core.suspend()
@@ -200,11 +203,15 @@ def test_an_engine_that_stood_still_goes_on_where_it_was(serving):
 
     before = serving.state()["totals"]["fallbacks"]
     answers = [answer.raise_for_status().json() for answer in asyncio.run(stand_still())]
-    assert [answer["usage"]["completion_tokens"] for answer in answers] == [4 * 64, 16]
+    assert [answer["usage"]["completion_tokens"] for answer in answers] == [4 * 200, 16]
     assert serving.control({}).status_code == httpx.codes.OK  # a new window
-    assert mixed_load(serving) == WHOLE
-    after = serving.state()
-    assert after["window"]["extra_row_steps"] > 0  # no stall keeps a request at width 1 from then on
+
+    def loaded() -> dict[str, Any]:
+        assert mixed_load(serving) == WHOLE
+        return serving.state()
+
+    # Nobody is kept at width 1 from then on.
+    after = eventually(loaded, lambda state: state["window"]["extra_row_steps"] > 0)
     assert after["totals"]["fallbacks"] == before
 
 
@@ -221,7 +228,7 @@ def test_scrapers_that_never_read_hold_up_nobody(serving):
             blocked.send((asked % path) * 100 if number < 18 else (asked % path)[:-10])
         for _ in range(2):
             assert mixed_load(serving) == WHOLE
-            assert serving.metric("taper:num_groups") == 0
+            eventually(lambda: serving.metric("taper:num_groups"), lambda found: found == 0)
     assert serving.get("/health").is_success
 
 
@@ -325,7 +332,7 @@ def test_sigterm_in_the_middle_of_a_program(serving):
     in_flight = InFlight(serving)
     serving.process.terminate()
     status = serving.process.wait(GRACE_S)
-    if "Waiting for connections to close" in serving.output() and status == KILLED_STATUS:
+    if status == KILLED_STATUS:
         assert "the vLLM server did not stop within 30 s and is killed" in serving.output()
         in_flight.were_cut()
     else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 
 import httpx
 import openai
 import pytest
+
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -30,14 +31,11 @@ def engine_state(server):
     return state
 
 
-def wait_empty(server, timeout_s=60.0):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        state = engine_state(server)
-        if not any(state["tables"].values()) and state["kv_usage"] == 0:
-            return state
-        time.sleep(0.2)
-    return engine_state(server)
+def wait_empty(server):
+    def is_empty(state):
+        return not any(state["tables"].values()) and state["kv_usage"] == 0
+
+    return eventually(lambda: engine_state(server), is_empty)
 
 
 def test_the_stock_client_gets_its_branches(server, client, model):
@@ -67,25 +65,26 @@ def test_branches_are_regulated_and_counted(server, client, model):
 
 
 def test_tagged_requests_are_one_group(server, model):
-    async def two_tagged() -> int:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as http:
-            body = {"model": model, "messages": CHAT, "max_tokens": 60, "ignore_eos": True}
+    async def three_tagged() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False) as http:
+            body = {"model": model, "messages": CHAT, "max_tokens": 1500, "ignore_eos": True}
             calls = [
                 asyncio.create_task(
                     http.post("/v1/chat/completions", json=body | {"vllm_xargs": {"taper_group": "story"}})
                 )
                 for _ in range(3)
             ]
-            most_branches = 0
-            while not all(call.done() for call in calls):
+            tables = {"branches": 0}
+            while tables["branches"] < 3:
+                assert not any(call.done() for call in calls), "over before they were all seen"
                 tables = (await http.get("/taper/state")).json()["engines"][0]["tables"]
-                if tables["groups"] == 1:
-                    most_branches = max(most_branches, tables["branches"])
                 await asyncio.sleep(0.05)
-            assert [call.result().status_code for call in calls] == [200] * 3
-            return most_branches
+            for call in calls:
+                call.cancel()
+            assert tables["groups"] == 1
 
-    assert asyncio.run(two_tagged()) == 3
+    wait_empty(server)
+    asyncio.run(three_tagged())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_bad_control_patches_change_nothing(server, patch, message):
 
 
 def test_control_needs_the_right(server):
-    answer = httpx.post(f"{server.url}/v1/taper/control", json={"policy": "eager"}, trust_env=False)
+    answer = httpx.post(f"{server.url}/v1/taper/control", json={"policy": "eager"}, timeout=120, trust_env=False)
     assert answer.status_code == 403
     assert engine_state(server)["policy"] == "taper"
 

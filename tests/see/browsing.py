@@ -16,6 +16,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-proxy-server",
 )  # fmt: skip
+PATIENCE_S = 300.0  # the page is drawn by two cores that may also run a model
 LAPTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 SERIOUS = {"serious", "critical"}
 
@@ -38,11 +39,12 @@ def browser() -> Iterator[Any]:
 def page(chromium: Any, url: str, *, size: dict[str, int] = LAPTOP, scheme: str = "light") -> Iterator[Any]:
     """An open page; on leaving, whatever it said on its console must not be an error."""
     context = chromium.new_context(viewport=size, color_scheme=scheme, device_scale_factor=1)
+    context.set_default_timeout(PATIENCE_S * 1000)
     tab = context.new_page()
     wrong: list[str] = []
     tab.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.expected_errors = []
+    tab.expected_errors = ["503 (Service Unavailable)"]  # an engine that has not answered yet
     try:
         tab.goto(url)
         yield tab
@@ -52,7 +54,7 @@ def page(chromium: Any, url: str, *, size: dict[str, int] = LAPTOP, scheme: str 
         context.close()
 
 
-def until(tab: Any, condition: str, argument: Any = None, *, patience_s: float = 60.0) -> None:
+def until(tab: Any, condition: str, argument: Any = None, *, patience_s: float = PATIENCE_S) -> None:
     """Wait until a JavaScript expression, or function of `argument`, is true; the page's own policy forbids
     Playwright's way of doing that inside the page."""
     for _ in range(round(patience_s / 0.05)):

@@ -88,7 +88,7 @@ class Stage:
         self._stepping = False
         self._server.should_exit = self._server.force_exit = True
         for thread in self._threads:
-            thread.join(10)
+            thread.join(120)
 
     def _step(self) -> None:
         while self._stepping:
@@ -96,7 +96,7 @@ class Stage:
                 for driver in self.drivers:
                     if driver.scheduler.has_requests():
                         driver.step()
-            time.sleep(0.05)  # so that long requests outlast a slow browser
+            time.sleep(0.1)  # so that long requests outlast a slow browser
 
     def _app(self) -> FastAPI:
         plugin = TaperEndpoints()

@@ -180,7 +180,7 @@ def prepare_slowly(cache: str) -> None:
     prepare(source(), Path(cache), fetch=fetch, convert=slow_convert)
 
 
-def wait_for(path: Path, limit_s: float = 30.0) -> None:
+def wait_for(path: Path, limit_s: float = 120.0) -> None:
     deadline = time.monotonic() + limit_s
     while not path.exists():
         assert time.monotonic() < deadline
@@ -195,7 +195,7 @@ def test_two_processes_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(180)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert (tmp_path / "log").read_text() == "converted\n"
 

@@ -24,7 +24,7 @@ class ControlError(RuntimeError):
 class ControlClient:
     """Thin client of the endpoints above. `headers` carry the control token where one is needed."""
 
-    def __init__(self, *, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 30.0) -> None:
+    def __init__(self, *, url: str, headers: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> None:
         self.url = url
         self._http = httpx.AsyncClient(
             base_url=url,

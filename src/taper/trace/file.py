@@ -116,7 +116,8 @@ def read_trace(path: Path) -> Iterator[Decision]:
         try:
             with part.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
-                    if line.endswith(b"\n"):
-                        yield parse(line, where=f"{part}:{number}")
+                    if not line.endswith(b"\n"):
+                        break  # its rest may be written while we read
+                    yield parse(line, where=f"{part}:{number}")
         except OSError as error:
             raise TraceError(f"trace {part}: {error.strerror or error}") from error

@@ -171,7 +171,7 @@ class Server:
             headers["Authorization"] = f"Bearer {self._api_key}"
         return headers
 
-    def client(self, timeout: float = 30.0) -> httpx.Client:
+    def client(self, timeout: float = 120.0) -> httpx.Client:
         """A client of this server, with every right; proxies of the environment are left out of it."""
         return httpx.Client(
             base_url=self.url,
