@@ -190,7 +190,8 @@ def test_the_feed_keeps_the_timeline_and_asks_for_the_rest(drivers):
 
     async def ask(method, since):
         questions.append(since)
-        return await compat.call_engines(client_of(core), method, since)
+        answers = await compat.call_engines(client_of(core), method, since)
+        return [answer | {"cost_s": 0.0} for answer in answers]  # as if in no time: no pause until the next question
 
     async def run():
         feed = LiveFeed(ask, period_s=0.0)
