@@ -111,7 +111,7 @@ test_tools() {
   local -a missing=()
   command -v chromium >/dev/null || missing+=(chromium fonts-dejavu-core)
   command -v prometheus >/dev/null || missing+=(prometheus)
-  if [[ ${TEST_TOOLS:-} != 1 || ${#missing[@]} == 0 || $EUID != 0 ]] || ! command -v apt-get >/dev/null; then return; fi
+  if [[ -n ${VLLM:-} || ${TEST_TOOLS:-} != 1 || ${#missing[@]} == 0 || $EUID != 0 ]] || ! command -v apt-get >/dev/null; then return; fi
   export DEBIAN_FRONTEND=noninteractive
   run "test tools: package lists" apt-get update || true
   run "test tools: ${missing[*]}" apt-get install -y --no-install-recommends "${missing[@]}" \
@@ -155,4 +155,4 @@ if command -v flock >/dev/null; then
   flock -n 9 || { say "another set-up is running; waiting"; flock 9; }
 fi
 main
-if [[ -z ${VLLM:-} ]]; then test_tools; fi
+test_tools

@@ -54,7 +54,7 @@ def test_a_short_demo_end_to_end(tmp_path: Path) -> None:
     for run in body["runs"]:
         assert run["misses_error"] == 0
         assert run["goodput_tok_s"] <= run["raw_tok_s"]
-    assert sum(run["steps"] for run in body["runs"]) > 0  # a machine that stands still makes none
+        assert run["steps"] > 0
     records = [request_file().parse(json.dumps(one)) for one in body["requests"]]
     assert {record.kind for record in records} == {"serial", "branching"}
     # Every branch got exactly the tokens it was asked for, whatever the policy.

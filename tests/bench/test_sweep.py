@@ -117,8 +117,10 @@ def test_a_sweep_fills_its_folder_and_a_finished_one_runs_nothing(tmp_path: Path
     runs = perform(SWEEP, tmp_path / "out")
     assert [run.conditions.window for run in runs] == [f"{slot.name}/try0" for slot in slots(SWEEP)]
     assert all(run.conditions.accepted for run in runs)
-    branching = {run.conditions.share for run in runs if run.summary.attainment_branching is not None}
-    assert branching == {0.5}
+    assert {(run.conditions.share, run.summary.attainment_branching is None) for run in runs} == {
+        (0.5, False),
+        (0.0, True),
+    }
     assert read_runs(tmp_path / "out" / "runs.json") == runs
     records = list(request_file().read(tmp_path / "out" / "requests.jsonl"))
     assert {record.window for record in records} == {run.conditions.window for run in runs}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from taper.engines.vllm.launch import Server
 from taper.model import embedded_model
 from tests.see import browsing
 from tests.see.browsing import page, until
+from tests.waiting import PATIENCE_S, eventually
 
 pytestmark = pytest.mark.engine
 
@@ -29,7 +30,6 @@ ENGINES = 2
 # moment in which its engine takes it in is lost), and the next test would see it.
 CHAT = {"messages": [{"role": "user", "content": "Name three fruits."}], "ignore_eos": True, "max_tokens": 64}
 RANK = "X-data-parallel-rank"
-GRACE_S = 180.0
 Tables = list[tuple[int, int]]  # of each engine: (groups, branches)
 
 
@@ -83,20 +83,14 @@ def metric(server: Server, name: str, **labels: str) -> list[float]:
     return list(found.values())
 
 
-def eventually(value: Callable[[], Any], wanted: Any) -> None:
-    """Metrics may be as old as the engine's last answer."""
-    deadline = time.monotonic() + GRACE_S
-    while (found := value()) != wanted:
-        assert time.monotonic() < deadline, f"{found} is not {wanted}"
-        time.sleep(0.2)
-
-
 def caught_up(server: Server) -> None:
     """From here on /metrics knows all that happened before, which at first it may not, or know nothing."""
     asked_s = time.monotonic()
-    while not all(0 < age_s < time.monotonic() - asked_s for age_s in metric(server, "taper:snapshot_age_seconds")):
-        assert time.monotonic() < asked_s + GRACE_S
-        time.sleep(0.2)
+
+    def is_later(ages_s: list[float]) -> bool:
+        return all(0 < age_s < time.monotonic() - asked_s for age_s in ages_s)
+
+    eventually(lambda: metric(server, "taper:snapshot_age_seconds"), is_later)
 
 
 def test_the_children_of_n_share_an_engine_and_the_next_request_takes_the_other(two):
@@ -129,7 +123,8 @@ def test_a_program_runs_on_one_engine_from_fork_to_join(two):
         seen = watched(two, [by_protocol("scripted", options=shape)])
         assert all(min(tables) == (0, 0) for tables in seen)
         assert max(most_branches(seen)) == (1, 4)
-    eventually(lambda: metric(two, "taper:joins_total"), [before + 1 for before in joins])  # they take turns
+    wanted = [before + 1 for before in joins]  # they take turns
+    eventually(lambda: metric(two, "taper:joins_total"), lambda found: found == wanted)
 
 
 def test_metrics_tell_the_engines_apart_and_add_up(two):
@@ -149,7 +144,7 @@ def test_metrics_tell_the_engines_apart_and_add_up(two):
             for name, labels in names.items()
         }
 
-    eventually(lambda: {name: sum(values) for name, values in more().items()}, expected)
+    eventually(lambda: {name: sum(values) for name, values in more().items()}, lambda found: found == expected)
     assert all(min(values) > 0 for values in more().values())
     assert metric(two, "taper:policy_info") == [1.0] * ENGINES
 
@@ -178,7 +173,7 @@ def test_the_page_shows_either_engine(two, browser):
         with two.client() as http:
             return http.get("/taper/live").json().get("server", {}).get("engines")
 
-    eventually(engines, list(range(ENGINES)))
+    eventually(engines, lambda found: found == list(range(ENGINES)))
     with ThreadPoolExecutor() as pool, page(browser, f"{two.url}/taper") as tab:
         pool.submit(watched, two, [{"n": 3, "max_tokens": 300}], **{RANK: "1"})
         until(tab, "!document.getElementById('engine-box').hidden")
@@ -216,9 +211,6 @@ def test_the_death_of_one_engine_ends_the_server_and_the_requests_of_the_other(t
     for lines in asyncio.run(run()):
         assert '"error"' in lines[-2] or '"finish_reason":"abort"' in lines[-2]  # both were seen
         assert lines[-1] == "data: [DONE]"
-    deadline = time.monotonic() + GRACE_S
-    while two.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert two.poll() == 0  # which `taper serve` makes a 1
-    psutil.wait_procs(workers, timeout=GRACE_S)
+    assert eventually(two.poll, lambda status: status is not None) == 0  # which `taper serve` makes a 1
+    psutil.wait_procs(workers, timeout=PATIENCE_S)
     assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in workers)

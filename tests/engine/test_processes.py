@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from taper.client import by_protocol
 from taper.engines.vllm.launch import Server
 from taper.model import embedded_model
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -104,17 +104,12 @@ def test_both_processes_give_the_same_figures_and_spans_arrive(pair, collector):
             body = {"model": model, "prompt": "Once", "n": BRANCHES, "max_tokens": TOKENS, "ignore_eos": True}
             http.post("/v1/completions", json=body).raise_for_status()
     wanted = {(REQUESTS, REQUESTS * BRANCHES * TOKENS)}
-    deadline = time.monotonic() + 120
-    # Either process asks the engine anew only now and then.
-    while (found := figures(pair)) != wanted and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert found == wanted
-    spans = REQUESTS * (1 + BRANCHES)
-    while (
-        len(collector.named("taper.request") + collector.named("taper.branch")) < spans and time.monotonic() < deadline
-    ):
-        time.sleep(0.2)
-    requests, branches = collector.named("taper.request"), collector.named("taper.branch")
+    eventually(lambda: figures(pair), lambda found: found == wanted)  # either asks the engine anew only now and then
+
+    def spans():
+        return collector.named("taper.request"), collector.named("taper.branch")
+
+    requests, branches = eventually(spans, lambda found: len(found[0] + found[1]) >= REQUESTS * (1 + BRANCHES))
     assert [attribute(span, "taper.branches") for span in requests] == [BRANCHES] * REQUESTS
     assert len(branches) == REQUESTS * BRANCHES
     assert {span.parent_span_id for span in branches} == {span.span_id for span in requests}

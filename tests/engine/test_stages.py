@@ -42,4 +42,4 @@ def test_stages(server, tmp_path: Path) -> None:
     assert {index: taper[index] for index in off.keys() & taper.keys()} == {
         index: off[index] for index in off.keys() & taper.keys()
     }
-    assert sum(run.engine.steps for run in runs) > 0  # a machine that is busy with something else makes few
+    assert all(run.engine.steps > 0 for run in runs)  # a machine that is busy with something else makes few

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +17,7 @@ from taper.config import ENV_VAR, ServerConfig
 from taper.core.types import ConfigError
 from taper.engines.vllm import command
 from taper.engines.vllm.launch import CONTROL_HEADER, Server, ServerError, answer_of, check_port, free_port
+from tests.waiting import eventually
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,12 +48,7 @@ def child(server: Server, program: str) -> Server:
 
 
 def wait_for(path: Path) -> str:
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        if text := path.read_text():
-            return text
-        time.sleep(0.02)
-    raise AssertionError(f"nothing in {path}")
+    return eventually(path.read_text, bool)
 
 
 def test_the_command_and_configuration_of_a_server() -> None:
@@ -150,10 +145,7 @@ def test_workers_do_not_outlive_their_server(tmp_path: Path) -> None:
     server.start()
     worker = int(wait_for(log))
     server.stop()
-    end = time.monotonic() + 120
-    while time.monotonic() < end and is_running(worker):
-        time.sleep(0.02)
-    assert not is_running(worker)
+    eventually(lambda: is_running(worker), lambda running: not running)
 
 
 def is_running(pid: int) -> bool:

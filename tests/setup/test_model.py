@@ -17,6 +17,7 @@ import pytest
 
 from taper import model
 from taper.model import ModelError, ModelSource, prepare, problem
+from tests.waiting import eventually
 
 BYTES = b"GGUF" + bytes(range(256)) * 64
 FOLDER = {
@@ -180,13 +181,6 @@ def prepare_slowly(cache: str) -> None:
     prepare(source(), Path(cache), fetch=fetch, convert=slow_convert)
 
 
-def wait_for(path: Path, limit_s: float = 120.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_two_processes_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAPER_TEST_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("TAPER_TEST_WAIT_S", "0.5")
@@ -208,7 +202,7 @@ def test_a_killed_process_leaves_no_model_and_the_next_one_cleans_up(
     monkeypatch.setenv("TAPER_TEST_WAIT_S", "60")
     worker = multiprocessing.get_context("spawn").Process(target=prepare_slowly, args=(str(cache),))
     worker.start()
-    wait_for(tmp_path / "log")
+    eventually((tmp_path / "log").exists, bool)
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(30)
