@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 ENGINES = 2
 # Long enough to be seen while it runs. Given up instead, a request can stay in vLLM to its end (a cancellation in the
 # moment in which its engine takes it in is lost), and the next test would see it.
-CHAT = {"messages": [{"role": "user", "content": "Name three fruits."}], "ignore_eos": True, "max_tokens": 64}
+CHAT = {"messages": [{"role": "user", "content": "Name three fruits."}], "ignore_eos": True, "max_tokens": 128}
 RANK = "X-data-parallel-rank"
 Tables = list[tuple[int, int]]  # of each engine: (groups, branches)
 
@@ -116,7 +116,7 @@ def test_a_client_may_choose_the_engine(two, body, rank):
 
 
 def test_a_program_runs_on_one_engine_from_fork_to_join(two):
-    shape = {"lead_tokens": 4, "stages": [{"branches": 4, "tokens": 64, "then_tokens": 4}]}
+    shape = {"lead_tokens": 4, "stages": [{"branches": 4, "tokens": 256, "then_tokens": 4}]}
     caught_up(two)
     joins = metric(two, "taper:joins_total")
     for _ in range(ENGINES):
