@@ -11,11 +11,8 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +72,9 @@ class Serving:
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    def async_client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False)
 
     def get(self, path: str) -> httpx.Response:
         with self.client() as http:
@@ -140,8 +140,12 @@ def model_of(serving: Serving) -> str:
 
 
 async def posts(serving: Serving, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
-    async with httpx.AsyncClient(base_url=serving.url, timeout=120, trust_env=False) as http:
-        return await asyncio.gather(*[http.post("/v1/completions", json=body) for body in bodies])
+    async with serving.async_client() as http:
+        return await gathered(http, bodies)
+
+
+async def gathered(http: httpx.AsyncClient, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+    return await asyncio.gather(*[http.post("/v1/completions", json=body) for body in bodies])
 
 
 def mixed_load(serving: Serving) -> list[int]:
@@ -189,18 +193,22 @@ def test_an_engine_that_stood_still_goes_on_where_it_was(serving):
     core, model = serving.engine_core(), model_of(serving)
 
     async def stand_still() -> list[httpx.Response]:
-        running = asyncio.create_task(posts(serving, [completion(model, n=4, max_tokens=200), completion(model)]))
-        while not (await asyncio.to_thread(serving.state))["tables"]["branches"]:
-            assert not running.done()
-        core.suspend()
-        try:
-            for path in ("/health", "/v1/models", "/metrics", "/taper"):
-                assert (await asyncio.to_thread(serving.get, path)).is_success
-            await asyncio.sleep(STANDSTILL_S)
-            assert await asyncio.to_thread(serving.metric, "taper:snapshot_age_seconds") > STANDSTILL_S
-        finally:
-            core.resume()
-        return await running
+        async with serving.async_client() as http:
+            bodies = [completion(model, n=4, max_tokens=200), completion(model)]
+            running, seen = asyncio.create_task(gathered(http, bodies)), []
+            while not any(seen):
+                assert not running.done(), f"branches, as seen meanwhile: {seen}"
+                (engine,) = (await http.get("/taper/state")).json()["engines"]
+                seen.append(engine["tables"]["branches"])
+            core.suspend()
+            try:
+                for path in ("/health", "/v1/models", "/metrics", "/taper"):
+                    assert (await http.get(path)).is_success
+                await asyncio.sleep(STANDSTILL_S)
+                assert await asyncio.to_thread(serving.metric, "taper:snapshot_age_seconds") > STANDSTILL_S
+            finally:
+                core.resume()
+            return await running
 
     before = serving.state()["totals"]["fallbacks"]
     answers = [answer.raise_for_status().json() for answer in asyncio.run(stand_still())]
@@ -258,70 +266,45 @@ PROGRAM = {"prompt": "Once upon a time", "branches": [{"max_tokens": 600, "ignor
 
 
 class Reading:
-    """One streamed answer, read by a thread of its own to whatever end it comes to."""
+    """One streamed answer, read to whatever end it comes to."""
 
-    def __init__(self, url: str, body: dict[str, Any]) -> None:
+    def __init__(self) -> None:
         self.lines: list[str] = []
-        self.line_s: list[float] = []  # since the request
-        self.began = threading.Event()
-        self._pool = ThreadPoolExecutor(1)
-        self._end = self._pool.submit(self._read, url, body)
-        self._pool.shutdown(wait=False)
 
-    def _read(self, url: str, body: dict[str, Any]) -> None:
-        sent_s = time.monotonic()
-        streamed = httpx.stream("POST", url, json=body, timeout=120, trust_env=False)
-        with suppress(httpx.RemoteProtocolError), streamed as answer:
-            for line in filter(None, answer.iter_lines()):
-                self.lines.append(line)
-                self.line_s.append(time.monotonic() - sent_s)
-                self.began.set()
+    async def read(self, http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
+        with suppress(httpx.RemoteProtocolError):
+            async with http.stream("POST", path, json={**body, "stream": True}) as answer:
+                async for line in answer.aiter_lines():
+                    self.lines += [line] if line else []
+
+    def ended_with(self, error: str) -> bool:
+        """Whether it said what went wrong, and that this was its end."""
+        return self.lines[-1] == "data: [DONE]" and error in "".join(self.lines[-3:])
 
     @property
-    def is_over(self) -> bool:
-        return self._end.done()
+    def was_cut(self) -> bool:
+        """The connection went, with nobody left to say why."""
+        return self.lines[-1] != "data: [DONE]"
 
-    def wait(self) -> list[str]:
-        """All lines; raises what the reading raised."""
-        self._end.result(timeout=120)
-        return self.lines
-
-    def __str__(self) -> str:
-        times = f"{self.line_s[0]:.1f} to {self.line_s[-1]:.1f} s" if self.lines else "none"
-        error = self._end.exception() if self.is_over else None
-        return (
-            f"{len(self.lines)} lines ({times}), {'over' if self.is_over else 'reading'}, {error!r}, {self.lines[-2:]}"
-        )
+    def __repr__(self) -> str:
+        return f"{len(self.lines)} lines, the last {self.lines[-3:]}"
 
 
-class InFlight:
-    """A streamed program and a streamed completion, both in the middle of their answers."""
+async def cut_short(serving: Serving, cut: Callable[[], None]) -> list[Reading]:
+    """A streamed program and a streamed completion, both in the middle of their answers when `cut` is called.
 
-    def __init__(self, serving: Serving) -> None:
-        plain = completion(model_of(serving), n=2, max_tokens=600)
-        for _ in range(3):
-            bodies = zip(STREAMS, (PROGRAM, plain), strict=True)
-            self._readings = [Reading(serving.url + path, {**body, "stream": True}) for path, body in bodies]
-            while not all(one.began.wait(1) for one in self._readings):
-                assert not any(one.is_over and not one.lines for one in self._readings), self._said(serving)
-            if not any(one.is_over for one in self._readings):
-                return
-            warnings.warn(f"one was over when the other began, so once more: {self._said(serving)}", stacklevel=2)
-        raise AssertionError("never in flight together")
-
-    def _said(self, serving: Serving) -> str:
-        return "\n".join([*map(str, self._readings), serving.output()[-3000:]])
-
-    def ended_with(self, *errors: str) -> None:
-        """Each stream said what went wrong, and that this was its end."""
-        for reading, error in zip(self._readings, errors, strict=True):
-            lines = reading.wait()
-            assert lines[-1] == "data: [DONE]", reading
-            assert error in "".join(lines[-3:]), reading
-
-    def were_cut(self) -> None:
-        """The connections are gone, with nobody left to say why."""
-        assert all(reading.wait()[-1] != "data: [DONE]" for reading in self._readings)
+    One loop asks for both before it reads either: threads of their own are a whole answer apart on some machines.
+    """
+    bodies = zip(STREAMS, (PROGRAM, completion(model_of(serving), n=2, max_tokens=600)), strict=True)
+    async with serving.async_client() as http:
+        readings = [Reading() for _ in STREAMS]
+        ends = [asyncio.create_task(one.read(http, *body)) for one, body in zip(readings, bodies, strict=True)]
+        while not all(one.lines for one in readings):
+            assert not any(end.done() for end in ends), (readings, ends, serving.output()[-3000:])
+            await asyncio.sleep(0.05)
+        cut()
+        await asyncio.gather(*ends)
+    return readings
 
 
 def test_sigterm_in_the_middle_of_a_program(serving):
@@ -330,15 +313,16 @@ def test_sigterm_in_the_middle_of_a_program(serving):
     Unless vLLM forgets them: of its two cancellations, the one that tells the streams can come second. It then waits
     for them for ever, and the supervisor ends that.
     """
-    in_flight = InFlight(serving)
-    serving.process.terminate()
+    program, plain = asyncio.run(cut_short(serving, serving.process.terminate))
     status = serving.process.wait(GRACE_S)
     if "Waiting for connections to close" in serving.output() and status == KILLED_STATUS:
         assert "the vLLM server did not stop within 30 s and is killed" in serving.output()
-        in_flight.were_cut()
+        assert program.was_cut
+        assert plain.was_cut
     else:
         assert status == 0
-        in_flight.ended_with("EngineDeadError", "InternalServerError")
+        assert program.ended_with("EngineDeadError")
+        assert plain.ended_with("InternalServerError")
     with pytest.raises(httpx.ConnectError):
         serving.get("/health")
 
@@ -381,9 +365,9 @@ def test_a_killed_engine_ends_the_server_as_stock_vllm_and_with_a_status_that_sa
     """What was in flight gets an error; nothing hangs; and the exit status makes a supervisor start another."""
     serving, _ = doomed
     assert mixed_load(serving) == WHOLE
-    in_flight = InFlight(serving)
-    serving.engine_core().kill()
-    in_flight.ended_with("EngineDeadError", "InternalServerError")
+    program, plain = asyncio.run(cut_short(serving, serving.engine_core().kill))
+    assert program.ended_with("EngineDeadError")
+    assert plain.ended_with("InternalServerError")
     assert serving.process.wait(GRACE_S) == 1
     assert "the vLLM server ended by itself, with status 0" in serving.output()
     with pytest.raises(httpx.ConnectError):
