@@ -50,9 +50,7 @@ class Serving:
         # One thread: nothing here is about speed, and on a busy machine two wait for each other at every step.
         env = {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": str(min(os.sched_getaffinity(0)))}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                argv, env={**os.environ, **env}, stdout=log, stderr=log, start_new_session=True
-            )
+            self.process = subprocess.Popen(argv, env={**os.environ, **env}, stdout=log, stderr=log, process_group=0)
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + READY_S
@@ -293,7 +291,7 @@ class Reading:
 async def cut_short(serving: Serving, cut: Callable[[], None]) -> list[Reading]:
     """A streamed program and a streamed completion, both in the middle of their answers when `cut` is called.
 
-    One loop asks for both before it reads either: threads of their own are a whole answer apart on some machines.
+    One loop asks for both before it reads either.
     """
     bodies = zip(STREAMS, (PROGRAM, completion(model_of(serving), n=2, max_tokens=600)), strict=True)
     async with serving.async_client() as http:

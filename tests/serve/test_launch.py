@@ -118,6 +118,15 @@ def test_start_ready_and_stop(tmp_path: Path) -> None:
     check_port("127.0.0.1", server.port)
 
 
+def test_it_has_a_group_of_its_own_in_our_session(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    server = child(Server("m", log=log), "import os; print(os.getpid(), os.getpgrp(), os.getsid(0))")
+    server.start()
+    process, group, session = map(int, eventually(log.read_text, lambda text: "\n" in text).split())
+    server.stop()
+    assert (group, session) == (process, os.getsid(0))
+
+
 def test_a_child_that_dies_early_says_why_on_one_line(tmp_path: Path) -> None:
     program = "import sys; print('ValueError: no such block size'); print('RuntimeError: see root cause'); sys.exit(3)"
     log = tmp_path / "log"

@@ -119,7 +119,9 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self._log_file,
             stderr=subprocess.STDOUT if self._log_file else None,
-            start_new_session=True,  # its own group: workers die with it, and Ctrl-C reaches it through us alone
+            # Workers die with it, and Ctrl-C reaches it through us alone. Not a session of its own: Linux shares out
+            # processors by session (autogroup), and beside an engine that spins on sched_yield others wait for seconds.
+            process_group=0,
         )
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
