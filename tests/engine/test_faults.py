@@ -273,7 +273,8 @@ class Reading:
         with suppress(httpx.RemoteProtocolError):
             async with http.stream("POST", path, json={**body, "stream": True}) as answer:
                 async for line in answer.aiter_lines():
-                    self.lines += [line] if line else []
+                    if line:
+                        self.lines.append(line)
 
     def ended_with(self, error: str) -> bool:
         """Whether it said what went wrong, and that this was its end."""
