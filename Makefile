@@ -24,7 +24,7 @@ setup: ## everything into .venv: Python packages, vLLM, repairs (EXTRA=cuda for 
 demo: setup ## serve a real model and compare off, eager and taper (JSON=PATH keeps the numbers)
 	@$(BIN)/taper demo $(if $(JSON),--json "$(JSON)") $(ARGS)
 
-test: lint ## lint, types and all tests, with real engines (about 20 minutes on 2 cores)
+test: lint ## lint, types and all tests, with real engines (20 to 50 minutes on 2 cores)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: setup ## the tests that start no engine
