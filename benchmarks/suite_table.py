@@ -15,7 +15,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from taper.results import Run, read_runs
+from taper.results import ResultsError, Run, read_runs
 from taper.sim.fluid import fluid_estimate
 from taper.sim.hardware import hardware
 from taper.sim.scenario import load, settle
@@ -62,7 +62,10 @@ def main() -> None:
     parser.add_argument("--by", choices=("scenario", "load", "replicas"), default="scenario")
     parser.add_argument("--fluid", action="store_true")
     options = parser.parse_args()
-    runs = [run for path in options.files for run in read_runs(path)]
+    try:
+        runs = [run for path in options.files for run in read_runs(path)]
+    except ResultsError as error:
+        parser.error(str(error))
     policies = list(dict.fromkeys(run.policy for run in runs))
     heading = [
         options.by,
