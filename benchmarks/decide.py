@@ -2,8 +2,8 @@
 
     python benchmarks/decide.py [--json PATH]
 
-The goal (DESIGN property P7) is p99 <= 150 us at 256 rows and <= 1.5 ms at 4,096 rows, the controller's state
-included. Latencies are of this process alone; run it on an otherwise idle machine.
+The goal (P7 of docs/controller.md) is p99 <= 150 us at 256 rows and <= 1.5 ms at 4,096 rows, the controller's
+state included. Latencies are of this process alone; run it on an otherwise idle machine.
 """
 
 from __future__ import annotations

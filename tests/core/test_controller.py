@@ -17,8 +17,15 @@ def controller(policy="taper", **knobs):
     return Controller(latency=LAW, policy=resolve(policy), knobs=Knobs(**knobs))
 
 
-def outcome(measured_s, load=DECODE, ending=Ending.CLEAN, finished=(), requests=50):
-    return StepOutcome(load=load, requests=requests, measured_s=measured_s, ending=ending, finished=tuple(finished))
+def outcome(measured_s, load=DECODE, ending=Ending.CLEAN, finished=(), requests=50, tokens_per_row=1.0):
+    return StepOutcome(
+        load=load,
+        requests=requests,
+        measured_s=measured_s,
+        ending=ending,
+        finished=tuple(finished),
+        tokens_per_row=tokens_per_row,
+    )
 
 
 def finished(residence_s, externality_s=0.0, tokens=101, serial_tokens=None, critical=None, tpot_slo_s=0.05):
@@ -155,6 +162,9 @@ def test_no_budget_where_even_width_one_breaks_every_slo_and_no_width_keeps_it()
     c.observe(outcome(0.07, finished=done, requests=60))
     assert c.guidance.floor_s == np.inf
     assert c.decide(make_view(serial(tokens=1), branching(500, tokens=1))).run.all()
+    drafting = controller()  # two tokens per row: the same steps are 35 ms per token, which keeps every SLO
+    drafting.observe(outcome(0.07, finished=done, requests=60, tokens_per_row=2.0))
+    assert drafting.guidance.floor_s < np.inf
 
 
 def test_replace_swaps_the_policy_and_keeps_what_was_learned():

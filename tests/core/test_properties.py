@@ -1,4 +1,4 @@
-"""The properties of DESIGN 5.3 that hold for any batch: P1 liveness, P2 safety, P5 monotonicity, P8 neutrality."""
+"""What docs/controller.md says of any batch: P1 liveness, P2 safety, P5 monotonicity, P8 neutrality."""
 
 from __future__ import annotations
 

@@ -65,6 +65,9 @@ def test_speculative_tokens_lengthen_the_step_a_row_allows():
     view = make_view(serial(tokens=1))
     object.__setattr__(view, "tokens_per_row", 2.5)
     assert allowed(view, [1]) == pytest.approx([0.05 * 2.5])
+    indebted = make_view(serial(tokens=1, first_token_s=-1.0))  # by 1 s, repaid over a path of 250 tokens
+    object.__setattr__(indebted, "tokens_per_row", 2.5)
+    assert allowed(indebted, [1], path=250.0) == pytest.approx([0.05 * 2.5 - 1.0 / 100])
 
 
 def test_hopeless_needs_debt_that_no_remaining_token_repays():

@@ -1,4 +1,4 @@
-"""The controller under anything an engine may show it: P1, P2 and P8 (DESIGN 5.3) after every decision.
+"""The controller under anything an engine may show it: P1, P2 and P8 of docs/controller.md after every decision.
 
 Requests live, fork, decode and end in a small model; the clock jumps both ways, steps hang, outcomes lie, and policy,
 knobs and law change on the way.

@@ -10,7 +10,7 @@ from taper.core.calibration import Learner
 from taper.core.floor import Occupancy, throughput_floor_s
 from taper.core.latency import LinearLatency
 from taper.core.policies import FixedCap, Guidance, Policy
-from taper.core.types import Ending, FinishedRequest, Knobs, Plan, StepLoad, StepOutcome, StepView
+from taper.core.types import Ending, FinishedRequest, Knobs, Plan, StepOutcome, StepView
 
 HISTORY_REQUESTS = 200  # finished requests the slow loops look at
 OCCUPANCY_RATE = 0.01  # weight of one step in the smoothed occupancy
@@ -54,7 +54,7 @@ class Controller:
         self._since_floor = 0
         self._asked_floor_s = 0.0  # by the latest replay
         self._floor_s = 0.0  # what the two latest agree on: one may have met a slow moment
-        self._occupancy = Occupancy(requests=0.0, context_tokens_per_row=0.0, prefill_tokens=0.0)
+        self._occupancy = Occupancy(requests=0.0, context_tokens_per_row=0.0, prefill_tokens=0.0, tokens_per_row=1.0)
         self._mean_output_tokens = 0.0
         self._mean_path_tokens = 0.0
 
@@ -85,7 +85,7 @@ class Controller:
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from a step the engine ran, planned by `decide` or, where there was nothing to decide, not."""
-        self._occupancy = _smooth(self._occupancy, outcome.requests, outcome.load)
+        self._occupancy = _smooth(self._occupancy, outcome)
         if outcome.ending is Ending.CLEAN:
             self._correct(outcome)
             if self._learner is not None:
@@ -157,11 +157,13 @@ def _nudge(current: float, ratio: float, rate: float, limit: float) -> float:
     return min(max(current + rate * (target - current), 1.0 / limit), limit)
 
 
-def _smooth(occupancy: Occupancy, requests: int, load: StepLoad) -> Occupancy:
+def _smooth(occupancy: Occupancy, outcome: StepOutcome) -> Occupancy:
+    load = outcome.load
     rate = OCCUPANCY_RATE if occupancy.requests else 1.0
     context = load.context_tokens / load.rows if load.rows else occupancy.context_tokens_per_row
     return Occupancy(
-        requests=occupancy.requests + rate * (requests - occupancy.requests),
+        requests=occupancy.requests + rate * (outcome.requests - occupancy.requests),
         context_tokens_per_row=occupancy.context_tokens_per_row + rate * (context - occupancy.context_tokens_per_row),
         prefill_tokens=occupancy.prefill_tokens + rate * (load.prefill_tokens - occupancy.prefill_tokens),
+        tokens_per_row=outcome.tokens_per_row,
     )

@@ -5,22 +5,23 @@ serial stages run up a debt that only wide parallel stages repay (every request 
 lengthens residence, which raises concurrency, which lengthens T0 again. So every few completions, recent
 requests are replayed in steady state at a dozen widths w:
 
-    path_r(w) = serial_r + max(longest_r, parallel_r / w)         steps request r spends at width w
+    path_r(w) = serial_r + max(longest_r, parallel_r / w)         tokens of request r one after the other at width w
     rows(w)   = N * sum(tokens_r) / sum(path_r(w))                N concurrent requests
-    t(w)      = T(rows(w), rows(w) * mean context, mean prefill)
+    t(w)      = T(rows(w), rows(w) * mean context, mean prefill) / tokens per row
     met_r(w)  = path_r(w) * t(w) <= SLO_r * (tokens_r - 1)
 
-with longest_r = critical path - serial. The best width is the one with the most goodput among those that attain
-the target, or among all if none does. Its step time becomes the floor where the SLO-derived budget cannot lead
-there:
+with longest_r = critical path - serial. A row brings one token in a step, with drafts more. The best width is the one
+with the most goodput among those that attain the target, or among all if none does. Its step time becomes the floor
+where the SLO-derived budget cannot lead there:
 
-- that step is longer than any request's SLO, so that only several rows per step keep it (a serial stage in debt would
-  veto what its next fork repays);
+- that step is longer per token of a row than any request's SLO, so that only several rows per step keep it (a serial
+  stage in debt would veto what its next fork repays);
 - no width attains the target, width 1 loses most of the requests and not by a hair (a slow minute passes, a request
   given up does not come back), and the best of them promises more goodput than was got lately. One width for everybody
   is a crude policy: where promises differ, widths of their own may keep what no common one does. Once in force, such a
   floor stays until a width attains the target: the requests that finish under it cannot tell what would be without it.
-- so lost, and width 1 takes longer than any request's SLO: there is nobody left to protect, and the floor is infinite.
+- so lost, and width 1 takes longer per token than any request's SLO: there is nobody left to protect, and the floor is
+  infinite.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Occupancy:
     requests: float
     context_tokens_per_row: float
     prefill_tokens: float
+    tokens_per_row: float
 
 
 def throughput_floor_s(
@@ -72,16 +74,18 @@ def throughput_floor_s(
             for r in rows
         ]
     )
-    met = path * step_s[:, None] <= tpot_slo_s * (tokens - 1)
-    goodput = (met * tokens).sum(axis=1) / (path.sum(axis=1) * step_s)
+    token_s = step_s / occupancy.tokens_per_row  # time per token of one row
+    met = path * token_s[:, None] <= tpot_slo_s * (tokens - 1)
+    goodput = (met * tokens).sum(axis=1) / (path.sum(axis=1) * token_s)
     reaching = met.mean(axis=1) >= TARGET
-    best_s = float(step_s[np.argmax(np.where(reaching | ~reaching.any(), goodput, -1.0))])
+    best = int(np.argmax(np.where(reaching | ~reaching.any(), goodput, -1.0)))
+    best_s = float(step_s[best])
     if reaching.any():
-        return best_s if best_s > BEYOND_SLO * tpot_slo_s.max() else 0.0
-    kept = path[0] * step_s[0] <= BEYOND_SLO * tpot_slo_s * (tokens - 1)
+        return best_s if token_s[best] > BEYOND_SLO * tpot_slo_s.max() else 0.0
+    kept = path[0] * token_s[0] <= BEYOND_SLO * tpot_slo_s * (tokens - 1)
     if kept.mean() >= LEAST_KEPT:
         return 0.0
-    if step_s[0] > tpot_slo_s.max():
+    if token_s[0] > tpot_slo_s.max():
         return np.inf
     # Tokens in time per second of residence: the same measure, of what the requests went through.
     got_tokens, got_s = sum(r.tokens for r in finished if r.met), sum(r.residence_s for r in finished)

@@ -116,10 +116,11 @@ class Taper:
         remaining = slack.remaining_tokens(
             view, budget.live, knobs=knobs, mean_output_tokens=guidance.mean_output_tokens
         )
-        lost = slack.hopeless(credit, view.tpot_slo_s, budget.live, remaining, decode_s)
+        at_best = np.multiply(budget.live, view.tokens_per_row, dtype=np.float64)
+        lost = slack.hopeless(credit, view.tpot_slo_s, at_best, remaining, decode_s)
         promised = np.minimum(view.tpot_slo_s, guidance.promise_s)
         forgone = (view.tpot_slo_s - promised) * (view.tokens - 1)
-        binding = ~slack.hopeless(credit - forgone, promised, budget.live, remaining, decode_s) & ~lost & decoding(view)
+        binding = ~slack.hopeless(credit - forgone, promised, at_best, remaining, decode_s) & ~lost & decoding(view)
         path = guidance.mean_path_tokens
         allowed_s = slack.allowed_s(
             view, credit, budget.live, knobs=knobs, margin=guidance.margin, mean_path_tokens=path

@@ -2,7 +2,7 @@
 
 The clock is logical: a request earns one SLO per token, over all its branches, and pays wall time. So the
 deadline moves with the request and never with a single row: deferring a branch cannot age it, and one long
-stall costs each request that stall once (DESIGN rule: no absorbing width-1 state).
+stall costs each request that stall once: no state holds a request at width 1 for good.
 """
 
 from __future__ import annotations
@@ -52,19 +52,22 @@ def allowed_s(
         paced = min(credit, bank * SLO) / H               credit is spent over H steps
         paced = credit / max(H, mean path)                debt is repaid over the steps a request usually lives
 
+    With drafts a row brings `tokens_per_row` tokens in a step, and a path takes as many fewer steps.
+
     Pacing credit leaves something for the next spike; the bank keeps a request that ran fast for long from being
     stalled for long. Debt repaid any faster would throttle the very rows that repay it.
     """
     slo, horizon = view.tpot_slo_s, knobs.horizon_steps
     spent = np.minimum(np.maximum(credit, 0.0), knobs.bank_slos * slo) / horizon
-    repaid = np.minimum(credit, 0.0) / max(horizon, mean_path_tokens)
+    repaid = np.minimum(credit, 0.0) / max(horizon, mean_path_tokens / view.tokens_per_row)
     allowed: Floats = slo * ((1.0 - margin) * view.tokens_per_row) * live + (spent + repaid)
     return allowed
 
 
-def hopeless(credit: Floats, tpot_slo_s: Floats, live: Ints, remaining: Floats, baseline_s: float) -> Bools:
+def hopeless(credit: Floats, tpot_slo_s: Floats, at_best: Floats, remaining: Floats, baseline_s: float) -> Bools:
     """Requests that miss even if everything else ran at width 1 from here on.
 
-    Each of the `remaining` tokens earns SLO - T0 / live at best, with every live branch of the request running.
+    `at_best`: tokens of a step with every live branch of the request running. Each of the `remaining` tokens earns
+    SLO - T0 / at_best then.
     """
-    return credit + remaining * (tpot_slo_s - baseline_s / live) < 0.0
+    return credit + remaining * (tpot_slo_s - baseline_s / at_best) < 0.0

@@ -193,3 +193,4 @@ class StepOutcome:
     measured_s: float
     ending: Ending
     finished: tuple[FinishedRequest, ...] = ()
+    tokens_per_row: float = 1.0  # expected, as in the view
