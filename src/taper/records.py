@@ -133,7 +133,6 @@ class StepRecord:
     measured_s: float | None
     ending: str | None
     planner_s: float | None
-    padded_rows: int | None = None
     window: str = ""  # of a sweep, filled in by whoever collects the records
     schema: Literal["taper.step/1"] = STEP_SCHEMA  # type: ignore[assignment]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from vllm.v1.request import RequestStatus
 
-from taper.core.policies import Eager, FixedCap
+from taper.core.policies import Eager, FixedCap, resolve
 from taper.core.types import Plan
 from taper.engines.vllm import control
 from tests.vllm.harness import BLOCK, fork, make_stock, request, server_config
@@ -451,6 +451,32 @@ def test_extras_leave_slots_to_newcomers(make):
     assert len(driver.scheduler.running) == 14
     driver.add(request("s"))
     assert driver.step()["s"] == 20
+
+
+@pytest.mark.parametrize("limit", ["slots", "kv"])
+def test_requests_that_queue_take_nothing_from_the_step(make, limit):
+    """20 prompts of 200 tokens wait: they are no part of the step, of its price or of who is in service."""
+    driver = make(rows=8) if limit == "slots" else make(blocks=24)
+    serving = [*fork("p", 5, tokens=200), *(request(name, tokens=200) for name in "abc")]
+    warm(driver, *serving)
+    use(driver, resolve("taper"))
+    queue = [request(f"q{at}", prompt=200, arrival=1.0) for at in range(20)]
+    driver.add(*queue)
+    for _ in range(6):
+        assert len(driver.step()) == 8
+    view, plan = driver.taper.onlooker.last_decision.frame.view, driver.taper.onlooker.last_decision.plan
+    assert (len(view.tokens), len(view.request)) == (4, 8)
+    assert (plan.load.rows, plan.load.prefill_tokens) == (8, 0)
+    use(driver, Eager())
+    driver.step()
+    while driver.in_flight:
+        driver.update()
+    assert (driver.taper.last_step.groups, driver.taper.last_step.extra) == (4, 4)
+    driver.scheduler.finish_requests([one.request_id for one in serving], RequestStatus.FINISHED_ABORTED)
+    assert set(driver.step()) <= {one.request_id for one in queue}
+    driver.run()
+    assert {one.request_id for one in queue} <= set(driver.finished)
+    assert not driver.taper.fallbacks
 
 
 def test_extras_do_not_start_without_kv(make):

@@ -168,10 +168,11 @@ def is_over(request: Any) -> bool:
 
 
 def ended_well(request: Any) -> bool:
-    """Stopped by itself; False for an abort, an error or a rejected prompt."""
+    """Stopped by itself, or by a rule of its own; False for an abort, an error or a rejected prompt."""
     from vllm.v1.request import RequestStatus
 
-    return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+    cut_short = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR, RequestStatus.FINISHED_IGNORED)
+    return request.status not in cut_short
 
 
 def blocked(requests: Sequence[Any]) -> Bools:

@@ -260,6 +260,11 @@ class GroupTable:
         self._columns = None
 
     @property
+    def in_service(self) -> int:
+        """Groups with a started branch; the others queue."""
+        return len(self._running)
+
+    @property
     def columns(self) -> Columns:
         """What does not change from step to step; rebuilt when a branch comes, starts or goes."""
         if self._columns is None:
@@ -302,8 +307,7 @@ class GroupTable:
         self._columns = None
 
     def _close(self, group: Group, now_s: float) -> FinishedRequest | None:
-        if group.key in self._silent:
-            self._start(group, now_s)
+        self._silent.pop(group.key, None)
         del self.groups[group.key], self._queued[group.key]
         if not group.is_whole or not group.ended_tokens:
             return None

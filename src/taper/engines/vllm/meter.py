@@ -51,6 +51,7 @@ class Step:
     decision: Decision | None = None  # where steps are traced
     exit_s: float = 0.0
     measured_s: float = math.nan
+    tokens: int = 0  # that it brought
     ending: Ending = Ending.IGNORED
 
     def record(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Regulator:
         self.slo: Slo = config.slo
         self.seam_report = compat.check_seams()
         self.profile: Profile | None = parse_profile(config.profile) if config.profile else None
-        self.controller = _controller(self.profile, resolve_policy(config.policy), config.knobs, config.slo)
+        self.controller = self._controller(resolve_policy(config.policy), config.knobs)
         self.table = GroupTable(
             block_tokens=seam.block_tokens,
             hash_block_tokens=seam.hash_block_tokens,
@@ -89,7 +89,15 @@ class Regulator:
         if profile is not None:
             self.controller.replace(latency=profile.latency())
         else:
-            self.controller = _controller(None, self.controller.policy, self.controller.knobs, self.slo)
+            self.controller = self._controller(self.controller.policy, self.controller.knobs)
+
+    def _controller(self, policy: Policy, knobs: Knobs) -> Controller:
+        if self.profile is not None:
+            latency = self.profile.latency()
+        else:
+            latency = replace(UNCALIBRATED, capture_sizes=tuple(self.seam.facts["capture_sizes"]))
+        learn = self.profile is None
+        return Controller(latency=latency, policy=policy, knobs=knobs, learn=learn, promise_s=self.slo.tpot_s)
 
     # --- requests come and go ---
 
@@ -193,6 +201,7 @@ class Regulator:
                     measured_s=step.measured_s,
                     ending=step.ending,
                     finished=finished,
+                    tokens_per_row=self._tokens_per_row,
                 )
             )
 
@@ -241,16 +250,16 @@ class Regulator:
     def _step(self, enforced: Enforced, output: Any, now_s: float) -> Step:
         rows, context_tokens, prefill_tokens = step_rows(output)
         load = StepLoad(rows=rows, context_tokens=context_tokens, prefill_tokens=prefill_tokens)
-        plan = enforced.plan
+        plan, in_service = enforced.plan, self.table.in_service
         self.steps += 1
         step = Step(
             step=self.steps,
             time_s=now_s,
             policy=self.controller.policy.name,
             load=load,
-            groups=enforced.groups or len(self.table.groups),
-            protected=min(len(self.table.groups), rows),
-            extra=max(rows - len(self.table.groups), 0),
+            groups=enforced.groups or in_service,
+            protected=min(in_service, rows),
+            extra=max(rows - in_service, 0),
             deferred=enforced.deferred,
             held=enforced.held,
             predicted_s=self.controller.latency.predict_load(load),
@@ -286,10 +295,10 @@ class Regulator:
         self.onlooker.ended(branch, finished, now_s)
 
     def _note_tokens(self, engine_outputs: dict[int, Any], step: Step) -> None:
+        step.tokens = sum(len(one.new_token_ids) for batch in engine_outputs.values() for one in batch.outputs)
         if self.seam.spec_tokens and step.load.rows and not step.load.prefill_tokens:
-            tokens = sum(len(one.new_token_ids) for batch in engine_outputs.values() for one in batch.outputs)
             rate = TOKENS_PER_ROW_RATE
-            self._tokens_per_row += rate * (max(tokens / step.load.rows, 1.0) - self._tokens_per_row)
+            self._tokens_per_row += rate * (max(step.tokens / step.load.rows, 1.0) - self._tokens_per_row)
 
     def _book(self, step: Step, now_s: float) -> None:
         self.window.add(step)
@@ -306,8 +315,3 @@ class Regulator:
                 logger.exception("TAPER fault, later ones only count: this step runs as stock vLLM's would")
             self.fallbacks += 1
             self.window.fallbacks += 1
-
-
-def _controller(profile: Profile | None, policy: Policy, knobs: Knobs, slo: Slo) -> Controller:
-    latency = profile.latency() if profile else UNCALIBRATED
-    return Controller(latency=latency, policy=policy, knobs=knobs, learn=profile is None, promise_s=slo.tpot_s)

@@ -72,6 +72,7 @@ class Second:
     budget_steps: int = 0  # steps that had a finite budget
     slack_min_s: float = math.inf
     rows: int = 0
+    tokens: int = 0
     groups: int = 0
     deferred: int = 0
     held: int = 0
@@ -95,14 +96,14 @@ class Second:
             self.rows / self.groups if self.groups else None,
             self.deferred / steps,
             self.held / steps,
-            self.rows,
+            self.tokens,
             *self.met,
             *self.missed,
             self.goodput_tokens,
         ]
 
 
-# Means are over the steps of the second; `tokens` are decode rows executed, one token each.
+# Means are over the steps of the second; `tokens` are those that its steps brought.
 COLUMNS = (
     "second", "steps", "step_s", "step_max_s", "predicted_s", "budget_s", "slack_min_s", "rows", "width",
     "deferred", "held", "tokens", "met_serial", "met_branching", "missed_serial", "missed_branching",
@@ -159,6 +160,7 @@ class Tally:
         if math.isfinite(step.slack_min_s):
             second.slack_min_s = min(second.slack_min_s, step.slack_min_s)
         second.rows += step.load.rows
+        second.tokens += step.tokens
         second.groups += min(step.groups, step.load.rows)
         second.deferred += step.deferred
         second.held += step.held
@@ -227,7 +229,7 @@ class Tally:
             **{f"attainment_{name}": _share(met[kind], missed[kind]) for kind, name in enumerate(CLASSES)},
             "judged": sum(met) + sum(missed),
             "goodput_tok_s": sum(second.goodput_tokens for second in seconds) / span_s,
-            "raw_tok_s": sum(second.rows for second in seconds) / span_s,
+            "raw_tok_s": sum(second.tokens for second in seconds) / span_s,
             "ttft_p50_s": float(np.quantile(ttft, 0.5)) if len(ttft) else None,
             "ttft_p95_s": float(np.quantile(ttft, 0.95)) if len(ttft) else None,
         }

@@ -2,8 +2,10 @@
 
 A view holds the branches that *can* be a row of the coming step. Left out, and left alone, are branches that
 vLLM would skip anyway (all tokens in flight, waiting for a grammar or for remote KV, out of turn in the
-pipeline). Left out and held are unstarted branches of a request that already runs, where a slot or KV for
-them is short: the policy must be free to name any branch it sees as the one that keeps its request going.
+pipeline), and the requests in vLLM's queue for which there is no slot or no KV: they cost this step nothing, and
+the queue is as in stock vLLM. Left out and held are unstarted branches of a request that already runs, or of one that
+queues, where a slot or KV for them is short: the policy must be free to name any branch it sees as the one that
+keeps its request going.
 
 With async scheduling the columns lag by the tokens in flight.
 """
@@ -65,7 +67,7 @@ def build(
         lent = longest // seam.block_tokens * seam.block_tokens
         spared = np.minimum(columns.spared_tokens, lent[of])
         prefill = np.where(resident, prefill, np.maximum(remaining - spared, 1))
-        withheld = _withheld(
+        withheld, queued = _without_room(
             columns,
             starts=np.flatnonzero(can_run & ~resident),
             has_row=_groups(columns, resident & can_run),
@@ -73,12 +75,13 @@ def build(
             # A start takes its own blocks and one to grow; without a started sibling also the shared prefix.
             kv_tokens=(prefill // seam.block_tokens + 2) * seam.block_tokens,
             opening_kv_tokens=(remaining // seam.block_tokens + 2) * seam.block_tokens,
+            queue_kv_tokens=seam.kv_free_tokens,
             slots=seam.max_rows - len(seam.running),
             reserve=int(seam.max_rows * RESERVED_SLOTS),
             kv_free_tokens=kv_free,
             may_start=may_start,
         )
-        can_run[withheld] = False
+        can_run[withheld] = can_run[queued] = False
     branch = np.flatnonzero(can_run)
     shown: slice | Ints = slice(None)
     request = of
@@ -136,7 +139,7 @@ def _groups(columns: Columns, branches: Bools) -> Bools:
     return np.bincount(columns.request[branches], minlength=len(columns.groups)) > 0
 
 
-def _withheld(
+def _without_room(
     columns: Columns,
     *,
     starts: Ints,
@@ -144,28 +147,32 @@ def _withheld(
     in_flight: Bools,
     kv_tokens: Ints,
     opening_kv_tokens: Ints,
+    queue_kv_tokens: int,
     slots: int,
     reserve: int,
     kv_free_tokens: int,
     may_start: bool,
-) -> Ints:
-    """Which of `starts`, the branches that could start, there is no slot or no KV for.
+) -> tuple[Ints, Ints]:
+    """Which of `starts`, the branches that could start, there is no slot or no KV for: (extra ones, openers).
 
-    A request without a row keeps its first start in sight whatever the room: it queues as in stock vLLM. All
-    others are extra starts and share what is left, in order of arrival. A request whose rows are all in
-    flight (pipeline parallelism) has no turn in this step, and none of its branches starts.
+    The first start of a request without a row opens it. All others are extra and share what every opener leaves, so
+    none goes before a request that queues. Both in order of arrival. A request whose rows are all in flight (pipeline
+    parallelism) has no turn in this step, and none of its branches starts.
     """
     owner = columns.request[starts]
     out_of_turn = (in_flight & ~has_row)[owner]
     is_first = ~has_row[owner] & np.append(True, owner[1:] != owner[:-1])[: len(starts)]
     extra = starts[~is_first & ~out_of_turn]
     first = starts[is_first & ~out_of_turn]
+    opening_kv = np.cumsum(opening_kv_tokens[first])
+    # As vLLM has it, which keeps nothing back for rows that grow.
+    opens = (np.arange(1, len(first) + 1) <= slots) & (opening_kv <= queue_kv_tokens)
     room = slots - len(first) - reserve
-    kv = kv_free_tokens - int(opening_kv_tokens[first].sum())
+    kv = kv_free_tokens - (int(opening_kv[-1]) if len(first) else 0)
     fits = (np.arange(1, len(extra) + 1) <= room) & (np.cumsum(kv_tokens[extra]) <= kv)
     if not may_start:
         fits &= ~has_row[columns.request[extra]]
-    return np.concatenate([starts[out_of_turn], extra[~fits]])
+    return np.concatenate([starts[out_of_turn], extra[~fits]]), first[~opens]
 
 
 def _pinned(seam: SchedulerSeam, columns: Columns, resident: Bools, progress: Ints, can_run: Bools) -> Bools:
