@@ -16,6 +16,8 @@ from taper.bench.client import LoadClient, Sending, is_loopback
 from taper.bench.control import ControlClient, ControlError
 from taper.bench.dialogue import DialogueName
 from taper.bench.measure import Target
+from taper.claims import ClaimLimits
+from taper.config import ServerConfig
 from taper.core.types import ConfigError, Slo
 from taper.engines.vllm.launch import CONTROL_HEADER, Server
 from taper.engines.vllm.supervise import AUTO, obtain_profile
@@ -28,6 +30,8 @@ _SERVED_NAME = "bench"
 # Server and client share the cores with a CPU model: a chunk per token and row would cost as much as the rows do. First
 # and last tokens leave at once whatever the interval, so TTFT and effective TPOT do not see it.
 _STREAMING = ("--stream-interval", "8")
+# The servers are ours and so are their clients: whatever classes of SLO a mix has may be claimed.
+_ANY_SLO = ClaimLimits(tightest_slo=1e-3, loosest_slo=1e3)
 _WARM_REQUESTS = 8
 _WARM_S = 120.0
 
@@ -81,7 +85,8 @@ class LocalFleet:
         kind = "stock vLLM" if stock else "vLLM with TAPER on"
         self._say(f"starting {kind} (its output: {self._log})")
         model = self._model or str(embedded_model(self._say))
-        server = Server(model, self._args, embedded=self._model is None, stock=stock, log=self._log)
+        config = ServerConfig(limits=_ANY_SLO)
+        server = Server(model, self._args, config=config, embedded=self._model is None, stock=stock, log=self._log)
         self._stack.callback(server.stop)  # also where the start itself is cut off
         await asyncio.to_thread(server.__enter__)
         if not stock:

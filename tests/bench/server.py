@@ -40,6 +40,7 @@ class FakeEngine:
 
     script: Script = steady
     status: int = 200
+    message: str = "no room\nat all"  # of an error
     requests: list[Body] = field(default_factory=list)
     patches: list[Body] = field(default_factory=list)
     policy: str = "taper"
@@ -106,7 +107,7 @@ async def _exchange(engine: FakeEngine, reader: asyncio.StreamReader, writer: as
         return True
     engine.requests.append(body)
     if engine.status != 200:
-        await _answer(writer, engine.status, {"error": {"message": "no room\nat all"}})
+        await _answer(writer, engine.status, {"error": {"message": engine.message}})
         return True
     engine.in_service += 1
     engine.peak = max(engine.peak, engine.in_service)

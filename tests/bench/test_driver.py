@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from taper.bench.client import LoadClient
+from taper.bench.control import ControlError
 from taper.bench.driver import Progress, WindowPlan, WindowResult, run_window
 from taper.core.types import Slo
 from taper.workload import Arrivals, Branching, Lengths, Mix, Regime, Synthetic
@@ -90,6 +91,13 @@ def test_what_does_not_finish_in_the_drain_is_a_time_out() -> None:
     result = drive(FakeEngine(script=never), rate_rps=10.0, concurrency=10, plan=plan)
     assert [str(record.error)[:8] for record in result.records] == ["time-out", "time-out"]
     assert result.drained_s >= 0.29
+
+
+def test_a_server_that_lets_no_client_claim_the_slos_of_the_load_is_an_error() -> None:
+    engine = FakeEngine(status=400, message="taper_tpot_slo_ms must be at least 500, not 250.0")
+    plan = WindowPlan(ramp_s=0.0, measure_s=0.4, drain_s=120.0)
+    with pytest.raises(ControlError, match=r"limits\.tightest_slo.*at least 500"):
+        drive(engine, rate_rps=40.0, concurrency=16, plan=plan, slo_classes=((0.5, 0.5),))
 
 
 @pytest.mark.parametrize(("classes", "claimed"), [((), {None}), (((0.5, 2.0),), {500.0, 1000.0})])

@@ -15,14 +15,14 @@ from taper.bench.client import LoadClient
 from taper.bench.control import ControlClient
 from taper.bench.driver import WindowPlan
 from taper.bench.live import display_for
-from taper.bench.measure import Job, Target
+from taper.bench.measure import Target
 from taper.bench.store import Store
 from taper.bench.sweep import Point, Sweep, bound_tok_s, regime_at, run_sweep, slots
 from taper.core.latency import LinearLatency
-from taper.core.types import ConfigError, Slo
+from taper.core.types import ConfigError
 from taper.records import request_file, step_file
-from taper.results import Conditions, Run, read_runs
-from taper.workload import Branching, Lengths, Mix, Regime, Request, Synthetic
+from taper.results import Run, read_runs
+from taper.workload import Branching, Lengths, Mix, Synthetic
 from tests.bench.server import FakeEngine, serving
 
 LAW = LinearLatency(base_s=0.010, row_s=0.001, context_s=0.0, prefill_s=0.0)
@@ -103,14 +103,6 @@ def test_without_a_law_everything_is_absolute() -> None:
     assert bound_tok_s(SWEEP, regime_at(SWEEP, SWEEP.points[0])) is None
     with pytest.raises(ConfigError, match="without a latency profile"):
         regime_at(SWEEP, Point(share=0.5, load=1.0, slo_tpot_s=0.03))
-
-
-def test_the_server_gets_the_tightest_slo_of_the_requests() -> None:
-    regime = Regime(name="t", source=SOURCE, rate_rps=1.0, max_concurrency=1, slo=Slo(tpot_s=0.1))
-    factors = [Request(seed=0, index=0, arrival_s=0, prompt_tokens=1, stages=((1,),), slo_factor=x) for x in (0.5, 3.0)]
-    job = Job(regime=regime, requests=factors, plan=PLAN, conditions=Conditions(policy="off"))
-    assert job.server_slo.tpot_s == pytest.approx(0.05)
-    assert replace(job, requests=factors[1:]).server_slo.tpot_s == pytest.approx(0.3)
 
 
 def test_a_sweep_fills_its_folder_and_a_finished_one_runs_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from taper.workload.request import Request
 
 Clock = Callable[[], float]
 MS_PER_S = 1000.0
+SLO_CLAIM = "taper_tpot_slo_ms"
 # A connection of its own for each call, as independent clients have it: a server closes what was idle for some seconds
 # (vLLM: 5), and a call that takes a kept connection at that moment fails.
 NO_KEEP_ALIVE = {"Connection": "close"}
@@ -143,19 +144,19 @@ class LoadClient:
             played.error = next((error for error in errors if error), None)
             if played.error or number == last:
                 return
-            for reader, at, first in readers:
-                played.choices += reader.choices(stage=at, first=first)
             said = [
                 (call, reader.outputs[branch])
                 for call, (reader, _, _) in zip(calls, readers, strict=True)
                 for branch in range(call.branches)
             ]
+            for reader, at, first in readers:
+                played.choices += reader.choices(stage=at, first=first)
+            readers.clear()
             if self._dialogue == "tokens" and not all(output.token_ids for _, output in said):
                 played.error = "stream: the server sends no token ids to go on from; use the chat dialogue"
                 return
             dialogue.join(said)
             first_branch += len(stage)
-            readers.clear()
 
     async def _call(
         self, dialogue: Dialogue, call: Call, extensions: dict[str, Any], reader: StreamReader
@@ -198,7 +199,7 @@ class LoadClient:
         if grouped:
             claims["taper_group"] = f"{sending.policy}-{sending.cache_salt or sending.round}-{request.index}"
         if sending.claim_slo:
-            claims["taper_tpot_slo_ms"] = sending.slo.tpot_s * request.slo_factor * MS_PER_S
+            claims[SLO_CLAIM] = sending.slo.tpot_s * request.slo_factor * MS_PER_S
         if claims:
             fields["vllm_xargs"] = claims
         return fields

@@ -14,7 +14,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from taper.bench.client import LoadClient, Sending
+from taper.bench.client import SLO_CLAIM, LoadClient, Sending
+from taper.bench.control import ControlError
 from taper.goodput import Window
 from taper.records import RequestRecord
 from taper.workload.regime import Regime
@@ -78,7 +79,10 @@ async def run_window(
     on_record: Callable[[RequestRecord], None] | None = None,
     progress: Progress | None = None,
 ) -> WindowResult:
-    """Drive `planned` through the client. The policy must already be set on the server."""
+    """Drive `planned` through the client. The policy must already be set on the server.
+
+    Raises ControlError where the server lets no client claim the SLOs of `planned`.
+    """
     clock = client.clock
     state = progress if progress is not None else Progress()
     run = _Run(begin_s=clock(), slots=asyncio.Semaphore(regime.max_concurrency))
@@ -119,6 +123,9 @@ async def run_window(
                 tasks.create_task(serve(one))
     finally:
         ticker.cancel()
+    refused = next((record.error for record in run.records if record.error and SLO_CLAIM in record.error), None)
+    if refused:
+        raise ControlError(f"the server refuses the SLOs of this load, see its limits.tightest_slo ({refused})")
     return WindowResult(
         policy=policy,
         round=round_,

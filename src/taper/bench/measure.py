@@ -42,12 +42,6 @@ class Job:
     plan: WindowPlan
     conditions: Conditions
 
-    @property
-    def server_slo(self) -> Slo:
-        """The tightest that any request asks for: a client may loosen the server's SLO but not tighten it."""
-        tightest = min((one.slo_factor for one in self.requests), default=1.0)
-        return Slo(tpot_s=self.regime.slo.tpot_s * tightest, ttft_s=self.regime.slo.ttft_s)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
@@ -79,7 +73,7 @@ async def measure(
     """Raises ControlError when the server refuses the policy, stops answering, or keeps requests after the drain."""
     control, policy = target.control, job.conditions.policy
     if control is not None:
-        await switch(policy, job.server_slo, control)
+        await switch(policy, job.regime.slo, control)
         await control.steps()
     watch = _Watch()
     watcher = asyncio.create_task(_watch(control, display, watch))

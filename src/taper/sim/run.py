@@ -60,7 +60,10 @@ def build(case: Case, setting: Setting, *, replica: int = 0, is_endless: bool = 
     scenario, machine = case.scenario, case.machine
     return Simulation(
         controller=Controller(
-            latency=case.law or machine.predictor(scenario.bias), policy=policy_named(case.policy), knobs=case.knobs
+            latency=case.law or machine.predictor(scenario.bias),
+            policy=policy_named(case.policy),
+            knobs=case.knobs,
+            promise_s=setting.slo.tpot_s,
         ),
         machine=machine,
         cost=StepCost(machine, scenario.disturbance, duration_s=setting.duration_s, seed=case.seed, replica=replica),
