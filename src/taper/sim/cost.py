@@ -1,6 +1,8 @@
 """What a step really costs, known to the simulator alone.
 
-    T = drift(t) * spike * noise * (a + b * pad(rows) + c * context_tokens + d * prefill_tokens)
+    T = drift(t) * spike * noise * (a + b * rows + e * max(rows - k, 0) + c * context_tokens + d * prefill_tokens)
+
+with rows as the device pads them.
 
 The noise is lognormal. Part of its variance can last: a machine that is slow now is slow for a while, and then a
 request's mean step is, too.

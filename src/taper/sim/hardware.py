@@ -28,7 +28,7 @@ UNBOUNDED = 1 << 40
 SLOW_PREFILL_S = 200e-6  # per prompt token
 USUAL_CONTEXT_TOKENS = 1000
 NOMINAL_FILL = 0.76  # nominal requests over a / (b + c * context): of a100x8-qwen3-32b
-MAD_TO_SIGMA = 1.2533  # from the mean absolute deviation of a normal distribution
+MEAN_DEVIATION_TO_SIGMA = 1.2533  # of a normal distribution
 
 _Cost = Annotated[float, Field(ge=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -151,7 +151,7 @@ def calibrated(path: str | Path) -> Hardware:
 
     A profile says nothing about KV and row slots: they do not bind; nor about what happens beside the steps: that, and
     how noise lasts, are taken from the shipped machine that is most like it. The nominal concurrency is the same share
-    of a / (b + c * context) as on the shipped machines. A machine whose prefill is slow is like `cpu-smollm2`, its
+    of a / (b + c * context) as on `a100x8-qwen3-32b`. A machine whose prefill is slow is like `cpu-smollm2`, its
     short requests included: with longer ones a run of thousands of steps would hold only a few.
     """
     profile = load_profile(path)
@@ -171,6 +171,6 @@ def calibrated(path: str | Path) -> Hardware:
         capture_sizes=law.capture_sizes,
         max_rows=UNBOUNDED,
         kv_tokens=UNBOUNDED,
-        noise=MAD_TO_SIGMA * floor if isinstance(floor, float) else like.noise,
+        noise=MEAN_DEVIATION_TO_SIGMA * floor if isinstance(floor, float) else like.noise,
         nominal_requests=min(256, max(4, round(rows))),
     )

@@ -34,7 +34,6 @@ from taper.workload import Request
 # As the engine's step meter has it: a step this far above prediction is a hiccup, unless that many come in a row.
 OVERRUN_RATIO = 5.0
 OVERRUN_STREAK = 8
-FOR_EVER = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +118,8 @@ class Simulation:
 
     def withdraw(self, stays: Callable[[Request], bool] | None = None) -> None:
         """Forget the requests that wait, all of them or those that do not stay: they are unserved."""
+        if self.queue.arrive(self.now_s):  # during the last step
+            self._repeats = 0
         self.trace.unserved += self.queue.withdraw(stays)
 
     def run(self) -> Trace:
