@@ -263,7 +263,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             run, _ = with_stand_ins(view, plan)
             ids = np.array([frame.columns.ids[index] for index in frame.branch])
             decodes = set(ids[run & view.resident & (view.prefill_tokens == 0)])
-            assert scheduled <= set(ids[run]) | openings.difference(frame.columns.ids)
+            assert scheduled <= set(ids[run]) | openings.difference(ids)
             assert plan.predicted_s <= plan.budget_s * (1 + 1e-9) or np.array_equal(plan.run, plan.protected)  # P2
             if whole:
                 assert decodes <= scheduled
