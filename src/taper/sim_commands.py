@@ -27,6 +27,7 @@ from rich.console import Console
     "--hold-steps", type=click.IntRange(1, 64), default=1, show_default=True,
     help="Keep a decision so long while the batch's composition lasts: faster, approximate.",
 )  # fmt: skip
+@click.option("--stage-clocks", is_flag=True, help="Each stage of a request is a new one to the controller.")
 @click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Processes.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the runs here.")
 def simulate(json_path: Path | None, **options: Any) -> None:

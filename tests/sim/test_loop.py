@@ -32,6 +32,7 @@ def run(
     duration_s: float = 1e6,
     slo_s: float = 50.0,
     controller: Controller | None = None,
+    stage_clocks: bool = False,
 ) -> Trace:
     return Simulation(
         controller=controller or Controller(latency=machine.predictor(), policy=resolve(policy), knobs=Knobs()),
@@ -41,6 +42,7 @@ def run(
         slo=Slo(tpot_s=slo_s, ttft_s=100.0),
         requests=[replace(one, index=index) for index, one in enumerate(requests)],
         duration_s=duration_s,
+        stage_clocks=stage_clocks,
     ).run()
 
 
@@ -236,3 +238,32 @@ def test_a_place_is_empty_until_the_next_request_is_in_the_engine() -> None:
     assert (first.ended_s, second.sent_s) == (29.0, 33.0)
     late = (request((2,)), request((2,), at=50.0))  # nobody waited: it is there at once
     assert run(*late, machine=machine, engine=Engine(max_requests=1)).records[1].sent_s == 50.0
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one clock", "stage clocks"])
+def test_a_request_is_one_to_the_controller_or_one_for_each_of_its_stages(apart: bool) -> None:
+    controller = Controller(latency=MACHINE.predictor(), policy=resolve("taper"), knobs=Knobs())
+    told: list[tuple[int, int, int, float]] = []
+    views: list[tuple[float, int]] = []
+    observe, decide = controller.observe, controller.decide
+
+    def watch(outcome: StepOutcome) -> None:
+        told.extend(
+            (one.tokens, one.serial_tokens, one.critical_path_tokens, one.residence_s) for one in outcome.finished
+        )
+        observe(outcome)
+
+    def look(view: StepView) -> Plan:
+        views.append((float(view.first_token_s[0]), int(view.tokens[0])))
+        return decide(view)
+
+    controller.observe, controller.decide = watch, look  # type: ignore[method-assign]
+    trace = run(request((2,), (3, 3), (2,)), controller=controller, stage_clocks=apart)
+    (record,) = trace.records
+    assert record.tokens == 10  # judged over its whole life either way
+    if not apart:
+        assert told == [(10, 4, 7, record.ended_s - 18.0)]
+        return
+    assert [one[:3] for one in told] == [(2, 2, 2), (6, 0, 3), (2, 2, 2)]
+    assert sum(one[3] for one in told) < record.ended_s - 18.0  # from its first token to its last, each of them
+    assert sum(np.isnan(first) and not tokens for first, tokens in views) >= 2  # nothing is left of the stage before

@@ -127,6 +127,11 @@ class Batch:
         self._insert(at, group, first, active.prefix_tokens - recomputed_tokens, recomputed_tokens, resident=True)
         self.add_siblings(group)
 
+    def restart_clock(self, group: int, *, now_s: float) -> None:
+        """To the controller the request has just come."""
+        self.requests[ARRIVAL, group], self.requests[FIRST, group] = now_s, np.nan
+        self.tokens[group] = 0
+
     def drop_branches(self, done: Bools) -> None:
         """Ended branches, resident all of them, leave; what they hold stays until the join, if one is to come."""
         for branch in done.nonzero()[0].tolist():

@@ -62,6 +62,7 @@ class Options:
     replicas: str = "1"
     routers: str = "round-robin"
     hold_steps: int = 1
+    stage_clocks: bool = False
     workers: int = 2
 
 
@@ -74,7 +75,13 @@ def cases_of(options: Options) -> list[list[Case]]:
     return [
         [
             Case(
-                scenario=scenario, machine=machine, policy=policy, seed=seed, fleet=fleet, hold_steps=options.hold_steps
+                scenario=scenario,
+                machine=machine,
+                policy=policy,
+                seed=seed,
+                fleet=fleet,
+                hold_steps=options.hold_steps,
+                stage_clocks=options.stage_clocks,
             )
             for policy in policies
             for seed in range(options.seeds)

@@ -15,12 +15,15 @@ from taper.sim.trace import Trace
 class Landing:
     """Puts what a step produced into the batch, the queue's slots and the trace."""
 
-    def __init__(self, batch: Batch, queue: Queue, trace: Trace, *, policy: str, join_prefill: bool) -> None:
+    def __init__(
+        self, batch: Batch, queue: Queue, trace: Trace, *, policy: str, join_prefill: bool, stage_clocks: bool
+    ) -> None:
         self.batch = batch
         self.trace = trace
         self._queue = queue
         self._policy = policy
         self._join_prefill = join_prefill
+        self._stage_clocks = stage_clocks
 
     def land(self, rows: Rows, steps: int, *, externality_s: float) -> None:
         """The tokens of `steps` equal steps appear."""
@@ -90,6 +93,9 @@ class Landing:
             if active.live:
                 continue
             if active.stage + 1 < len(active.spec.stages):
+                if self._stage_clocks:
+                    finished.append(self._account(group, active, now_s, externality_s))
+                    batch.restart_clock(group, now_s=now_s)
                 produced = active.spec.stages[active.stage]
                 batch.restart(group, recomputed_tokens=sum(produced) - max(produced) if self._join_prefill else 0)
             else:
@@ -113,18 +119,21 @@ class Landing:
             )
 
     def _finish(self, group: int, active: Active, now_s: float, externality_s: float) -> FinishedRequest:
-        spec = active.spec
         if not active.continues:
             self._queue.leave(now_s)
-        tpot_slo_s = float(self.batch.requests[TPOT, group])
-        self.trace.records.append(self._record(active, tpot_slo_s, now_s))
+        self.trace.records.append(self._record(active, float(self.batch.requests[TPOT, group]), now_s))
+        return self._account(group, active, now_s, externality_s)
+
+    def _account(self, group: int, active: Active, now_s: float, externality_s: float) -> FinishedRequest:
+        """What the controller is told of a request that has ended or, with stage clocks, of its stage."""
+        spec = active.spec.part(active.stage) if self._stage_clocks else active.spec
         return FinishedRequest(
             tokens=spec.tokens,
             serial_tokens=spec.serial_tokens,
             critical_path_tokens=spec.critical_path_tokens,
             residence_s=now_s - float(self.batch.requests[FIRST, group]),
             externality_s=externality_s - active.externality_before_s,
-            tpot_slo_s=tpot_slo_s,
+            tpot_slo_s=float(self.batch.requests[TPOT, group]),
         )
 
     def _record(self, active: Active, tpot_slo_s: float, now_s: float) -> RequestRecord:

@@ -66,16 +66,23 @@ class Simulation:
         requests: Iterable[Request] = (),
         duration_s: float,
         hold_steps: int = 1,
+        stage_clocks: bool = False,
         reuse: bool = True,
     ) -> None:
         """With `hold_steps` above 1 a decision is kept that long while the batch's composition lasts: an approximation.
+        With `stage_clocks` each stage of a request is a new one to the controller, as on the engine.
         `reuse` False asks the controller before every single step: the same results, slower."""
         self.now_s = 0.0
         self.batch = Batch(slo=slo, fork_prefill_tokens=engine.fork_prefill_tokens)
         self.trace = Trace()
         self.queue = Queue(machine, slots=engine.max_requests)
         self._landing = Landing(
-            self.batch, self.queue, self.trace, policy=controller.policy.name, join_prefill=engine.join_prefill
+            self.batch,
+            self.queue,
+            self.trace,
+            policy=controller.policy.name,
+            join_prefill=engine.join_prefill,
+            stage_clocks=stage_clocks,
         )
         self._controller = controller
         self._machine = machine

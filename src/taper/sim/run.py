@@ -34,6 +34,7 @@ class Case:
     seed: int
     knobs: Knobs = field(default_factory=Knobs)
     hold_steps: int = 1
+    stage_clocks: bool = False
     fleet: Fleet = field(default_factory=Fleet)
     law: LinearLatency | None = None  # what the controller starts from; None: the machine's own
 
@@ -71,6 +72,7 @@ def build(case: Case, setting: Setting, *, replica: int = 0, is_endless: bool = 
         slo=setting.slo,
         duration_s=math.inf if is_endless else setting.duration_s,
         hold_steps=case.hold_steps,
+        stage_clocks=case.stage_clocks,
     )
 
 

@@ -60,6 +60,10 @@ class Request:
             prefix += sum(stage)
         return total
 
+    def part(self, stage: int) -> Request:
+        """One stage as a request of its own."""
+        return replace(self, stages=self.stages[stage : stage + 1])
+
     @property
     def join_tokens(self) -> int:
         """Output tokens that a join has to compute again: all but those of the longest branch."""
