@@ -34,7 +34,7 @@ class Variant:
     replaced: dict[str, object] = field(default_factory=dict)  # "module.function" -> stand-in
 
 
-def _nobody_is_hopeless(credit, tpot_slo_s, live, remaining, baseline_s):
+def _nobody_is_hopeless(credit, tpot_slo_s, at_best, remaining, baseline_s):
     return np.zeros(len(credit), dtype=np.bool_)
 
 

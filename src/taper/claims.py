@@ -9,7 +9,8 @@ from taper.core.types import ConfigError, Slo, check_range
 
 MAX_GROUP_CHARS = 128
 SEALED = "sealed:"  # begins every tag that the server made: see `taper.tenancy`
-FIELDS = ("taper_group", "taper_tpot_slo_ms", "taper_ttft_slo_ms", "taper_priority")
+TPOT_FIELD, TTFT_FIELD = "taper_tpot_slo_ms", "taper_ttft_slo_ms"
+FIELDS = ("taper_group", TPOT_FIELD, TTFT_FIELD, "taper_priority")
 MS_PER_S = 1000.0
 ROUNDING = 1e-9
 
@@ -53,7 +54,7 @@ def parse_claims(
         if isinstance(name, str) and name.startswith("taper_") and name not in FIELDS:
             raise ConfigError(f"unknown field {name!r} in vllm_xargs; TAPER knows {', '.join(FIELDS)}")
     slo = default_slo
-    for name, target in (("taper_tpot_slo_ms", "tpot_s"), ("taper_ttft_slo_ms", "ttft_s")):
+    for name, target in ((TPOT_FIELD, "tpot_s"), (TTFT_FIELD, "ttft_s")):
         if name in extra:
             slo = replace(slo, **{target: _slo_s(name, extra[name], getattr(default_slo, target), limits)})
     priority = 0.0

@@ -91,9 +91,10 @@ def test_taper_leaves_out_a_hopeless_request_and_serves_its_extras_last():
 
 def test_with_drafts_a_request_may_be_promised_less_than_a_step_per_token():
     # A step of 12 ms and more brings three tokens per row: at 6 ms per token it may take 18 ms.
-    view = make_view(serial(tokens=1, tpot_slo_s=0.006), branching(60, tokens=1, tpot_slo_s=0.006))
+    requests = (serial(tokens=1, tpot_slo_s=0.006), branching(60, tokens=1, tpot_slo_s=0.006))
+    view = make_view(*requests)
     assert plan_of("taper", view).budget_s == pytest.approx(60 * 0.006)  # one token per row: the serial one is lost
-    object.__setattr__(view, "tokens_per_row", 3.0)
+    view = make_view(*requests, tokens_per_row=3.0)
     plan = plan_of("taper", view)
     assert plan.budget_s == pytest.approx(0.018)
     assert widths(view, plan) == [1, 7]

@@ -62,11 +62,9 @@ def test_margin_shortens_what_the_slo_allows_and_not_the_credit():
 
 
 def test_speculative_tokens_lengthen_the_step_a_row_allows():
-    view = make_view(serial(tokens=1))
-    object.__setattr__(view, "tokens_per_row", 2.5)
+    view = make_view(serial(tokens=1), tokens_per_row=2.5)
     assert allowed(view, [1]) == pytest.approx([0.05 * 2.5])
-    indebted = make_view(serial(tokens=1, first_token_s=-1.0))  # by 1 s, repaid over a path of 250 tokens
-    object.__setattr__(indebted, "tokens_per_row", 2.5)
+    indebted = make_view(serial(tokens=1, first_token_s=-1.0), tokens_per_row=2.5)  # by 1 s, over a path of 250 tokens
     assert allowed(indebted, [1], path=250.0) == pytest.approx([0.05 * 2.5 - 1.0 / 100])
 
 

@@ -35,7 +35,11 @@ def branching(count: int, context: int = 100, **kwargs: object) -> Req:
 
 
 def make_view(
-    *requests: Req, now_s: float = 0.0, kv_free_tokens: int = 10**6, max_prefill_tokens: int = 256
+    *requests: Req,
+    now_s: float = 0.0,
+    kv_free_tokens: int = 10**6,
+    max_prefill_tokens: int = 256,
+    tokens_per_row: float = 1.0,
 ) -> StepView:
     flat = [(g, i, b) for g, r in enumerate(requests) for i, b in enumerate(r.branches)]
 
@@ -59,6 +63,7 @@ def make_view(
         pinned=np.array([i in requests[g].pinned for g, i, _ in flat]),
         kv_free_tokens=kv_free_tokens,
         max_prefill_tokens=max_prefill_tokens,
+        tokens_per_row=tokens_per_row,
     )
 
 

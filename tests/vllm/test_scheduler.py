@@ -472,7 +472,7 @@ def test_requests_that_queue_take_nothing_from_the_step(make, limit):
     while driver.in_flight:
         driver.update()
     assert (driver.taper.last_step.groups, driver.taper.last_step.extra) == (4, 4)
-    driver.scheduler.finish_requests([one.request_id for one in serving], RequestStatus.FINISHED_ABORTED)
+    driver.abort(*(one.request_id for one in serving))
     assert set(driver.step()) <= {one.request_id for one in queue}
     driver.run()
     assert {one.request_id for one in queue} <= set(driver.finished)

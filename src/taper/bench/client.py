@@ -19,13 +19,12 @@ import openai
 
 from taper.bench.dialogue import Call, ChatDialogue, Dialogue, DialogueName, TokenDialogue, calls_of
 from taper.bench.stream import StreamReader
+from taper.claims import MS_PER_S, TPOT_FIELD
 from taper.core.types import Slo
 from taper.records import ChoiceRecord, RequestRecord
 from taper.workload.request import Request
 
 Clock = Callable[[], float]
-MS_PER_S = 1000.0
-SLO_CLAIM = "taper_tpot_slo_ms"
 # A connection of its own for each call, as independent clients have it: a server closes what was idle for some seconds
 # (vLLM: 5), and a call that takes a kept connection at that moment fails.
 NO_KEEP_ALIVE = {"Connection": "close"}
@@ -199,7 +198,7 @@ class LoadClient:
         if grouped:
             claims["taper_group"] = f"{sending.policy}-{sending.cache_salt or sending.round}-{request.index}"
         if sending.claim_slo:
-            claims[SLO_CLAIM] = sending.slo.tpot_s * request.slo_factor * MS_PER_S
+            claims[TPOT_FIELD] = sending.slo.tpot_s * request.slo_factor * MS_PER_S
         if claims:
             fields["vllm_xargs"] = claims
         return fields

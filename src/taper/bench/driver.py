@@ -14,8 +14,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from taper.bench.client import SLO_CLAIM, LoadClient, Sending
+from taper.bench.client import LoadClient, Sending
 from taper.bench.control import ControlError
+from taper.claims import TPOT_FIELD
 from taper.goodput import Window
 from taper.records import RequestRecord
 from taper.workload.regime import Regime
@@ -123,7 +124,7 @@ async def run_window(
                 tasks.create_task(serve(one))
     finally:
         ticker.cancel()
-    refused = next((record.error for record in run.records if record.error and SLO_CLAIM in record.error), None)
+    refused = next((record.error for record in run.records if record.error and TPOT_FIELD in record.error), None)
     if refused:
         raise ControlError(f"the server refuses the SLOs of this load, see its limits.tightest_slo ({refused})")
     return WindowResult(

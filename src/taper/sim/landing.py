@@ -121,8 +121,9 @@ class Landing:
     def _finish(self, group: int, active: Active, now_s: float, externality_s: float) -> FinishedRequest:
         if not active.continues:
             self._queue.leave(now_s)
-        self.trace.records.append(self._record(active, float(self.batch.requests[TPOT, group]), now_s))
-        return self._account(group, active, now_s, externality_s)
+        account = self._account(group, active, now_s, externality_s)
+        self.trace.records.append(self._record(active, account.tpot_slo_s, now_s))
+        return account
 
     def _account(self, group: int, active: Active, now_s: float, externality_s: float) -> FinishedRequest:
         """What the controller is told of a request that has ended or, with stage clocks, of its stage."""

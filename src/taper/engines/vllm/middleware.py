@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from taper.claims import Claims, check_branches, check_priority, parse_claims
+from taper.claims import TPOT_FIELD, TTFT_FIELD, Claims, check_branches, check_priority, parse_claims
 from taper.config import ServerConfig
 from taper.core.types import ConfigError
 from taper.engines.vllm import compat
@@ -35,7 +35,7 @@ PATHS = (
 SIGNS = (b"taper_", b'"n"', b'"priority"', b"\\u", b"\0")
 RANK = RANK_HEADER.lower().encode()
 PRIORITY = b"x-vllm-priority"  # goes before the body's field
-SLO_FIELDS = ("taper_tpot_slo_ms", "taper_ttft_slo_ms")
+SLO_FIELDS = (TPOT_FIELD, TTFT_FIELD)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

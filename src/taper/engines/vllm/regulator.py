@@ -91,14 +91,6 @@ class Regulator:
         else:
             self.controller = self._controller(self.controller.policy, self.controller.knobs)
 
-    def _controller(self, policy: Policy, knobs: Knobs) -> Controller:
-        if self.profile is not None:
-            latency = self.profile.latency()
-        else:
-            latency = replace(UNCALIBRATED, capture_sizes=tuple(self.seam.facts["capture_sizes"]))
-        learn = self.profile is None
-        return Controller(latency=latency, policy=policy, knobs=knobs, learn=learn, promise_s=self.slo.tpot_s)
-
     # --- requests come and go ---
 
     def added(self, request: Any) -> None:
@@ -206,6 +198,14 @@ class Regulator:
             )
 
     # --- inside ---
+
+    def _controller(self, policy: Policy, knobs: Knobs) -> Controller:
+        learn = self.profile is None
+        if self.profile is not None:
+            latency = self.profile.latency()
+        else:
+            latency = replace(UNCALIBRATED, capture_sizes=tuple(self.seam.facts["capture_sizes"]))
+        return Controller(latency=latency, policy=policy, knobs=knobs, learn=learn, promise_s=self.slo.tpot_s)
 
     def _is_stock_step(self) -> bool:
         """Whether there is nothing to decide, so that vLLM runs as stock.

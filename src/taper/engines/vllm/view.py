@@ -58,7 +58,8 @@ def build(
     progress = np.fromiter(map(len, columns.output_tokens), np.int64, len(requests))
     resident = context > 0
     remaining = columns.prompt_tokens + progress - context
-    kv_free = seam.kv_free_tokens - int(np.count_nonzero(resident)) * seam.block_tokens
+    unused = seam.kv_free_tokens
+    kv_free = unused - int(np.count_nonzero(resident)) * seam.block_tokens
     prefill = np.where(remaining > 1, remaining, 0)
     can_run, in_flight = _can_run(seam, columns, context, resident, remaining)
     withheld = np.zeros(0, dtype=np.int64)
@@ -75,7 +76,7 @@ def build(
             # A start takes its own blocks and one to grow; without a started sibling also the shared prefix.
             kv_tokens=(prefill // seam.block_tokens + 2) * seam.block_tokens,
             opening_kv_tokens=(remaining // seam.block_tokens + 2) * seam.block_tokens,
-            queue_kv_tokens=seam.kv_free_tokens,
+            queue_kv_tokens=unused,
             slots=seam.max_rows - len(seam.running),
             reserve=int(seam.max_rows * RESERVED_SLOTS),
             kv_free_tokens=kv_free,
@@ -164,11 +165,11 @@ def _without_room(
     is_first = ~has_row[owner] & np.append(True, owner[1:] != owner[:-1])[: len(starts)]
     extra = starts[~is_first & ~out_of_turn]
     first = starts[is_first & ~out_of_turn]
-    opening_kv = np.cumsum(opening_kv_tokens[first])
+    opening_kv = opening_kv_tokens[first]
     # As vLLM has it, which keeps nothing back for rows that grow.
-    opens = (np.arange(1, len(first) + 1) <= slots) & (opening_kv <= queue_kv_tokens)
+    opens = (np.arange(1, len(first) + 1) <= slots) & (np.cumsum(opening_kv) <= queue_kv_tokens)
     room = slots - len(first) - reserve
-    kv = kv_free_tokens - (int(opening_kv[-1]) if len(first) else 0)
+    kv = kv_free_tokens - int(opening_kv.sum())
     fits = (np.arange(1, len(extra) + 1) <= room) & (np.cumsum(kv_tokens[extra]) <= kv)
     if not may_start:
         fits &= ~has_row[columns.request[extra]]
