@@ -102,6 +102,38 @@ def test_margin_rests_between_its_knob_and_its_maximum():
     assert calm.guidance.margin == pytest.approx(0.02)
 
 
+def test_margin_and_floor_answer_to_the_policy_in_force_alone():
+    late = finished(5.5, externality_s=1.0)
+    lost = [finished(6.0, tokens=101, serial_tokens=0, critical=10) for _ in range(64)]
+    for name in ("eager", "cap:5", "off"):  # nothing of theirs could be corrected
+        c = controller(name, margin_gain=0.01)
+        c.observe(outcome(0.06, finished=[late] * 20 + lost, requests=45))
+        c.replace(policy=resolve("taper"))
+        assert (c.guidance.margin, c.guidance.floor_s) == (c.knobs.margin, 0.0)
+    c.observe(outcome(1.0, finished=[late] * 20 + lost, requests=45))  # begun under the policy before
+    assert (c.guidance.margin, c.guidance.floor_s) == (c.knobs.margin, 0.0)
+    assert c.guidance.mean_output_tokens == 101  # of the work, whoever did it
+    c.observe(outcome(10.0, finished=[late] * 20 + lost, requests=45))
+    assert c.guidance.margin > c.knobs.margin
+    assert c.guidance.floor_s > 0.0
+    c.replace(policy=resolve("taper"))  # the same policy: nothing is forgotten
+    assert c.guidance.margin > c.knobs.margin
+    assert c.guidance.floor_s > 0.0
+    c.replace(policy=resolve("taper-paper"))
+    assert (c.guidance.margin, c.guidance.floor_s) == (c.knobs.margin, 0.0)
+
+
+def test_the_cold_start_leaves_neither_margin_nor_floor_behind():
+    c = Controller(latency=LAW, policy=resolve("taper"), knobs=Knobs(), learn=True)
+    c.observe(outcome(0.06, finished=[finished(5.5, externality_s=1.0)] * 20, requests=45))
+    assert c.learning
+    assert c.guidance.margin == c.knobs.margin
+    c.replace(latency=LAW)
+    c.observe(outcome(0.06, finished=[finished(5.5, externality_s=1.0)] * 20, requests=45))
+    assert not c.learning
+    assert c.guidance.margin == c.knobs.margin
+
+
 def test_no_floor_while_width_one_keeps_the_slo():
     c = controller()
     c.observe(outcome(0.02, finished=[finished(2.0) for _ in range(64)], requests=10))

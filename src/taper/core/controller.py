@@ -26,7 +26,8 @@ class Controller:
     """Per-step admission control of one engine replica.
 
     `decide` is a pure function of the view and of three things learned here: the predictor's online
-    correction (every step), the margin (every completion) and the throughput floor (every few).
+    correction (every step), the margin (every completion) and the throughput floor (every few). The last two are
+    about the policy in force, and begin anew with another.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Controller:
         self._learner = Learner() if learn else None
         self._learning = learn
         self._clean_steps = 0
+        self._in_force_s = math.inf  # engine time since another policy was; inf: there was none
         self._margin_offset = 0.0
         self._finished: deque[FinishedRequest] = deque(maxlen=HISTORY_REQUESTS)
         self._since_floor = 0
         self._asked_floor_s = 0.0  # by the latest replay
         self._floor_s = 0.0  # what the two latest agree on: one may have met a slow moment
         self._occupancy = Occupancy(requests=0.0, context_tokens_per_row=0.0, prefill_tokens=0.0, tokens_per_row=1.0)
+        self._averaged_requests = 0  # at most HISTORY_REQUESTS: the weight of a new one in the means
         self._mean_output_tokens = 0.0
         self._mean_path_tokens = 0.0
 
@@ -66,8 +69,7 @@ class Controller:
     @property
     def in_force(self) -> Policy:
         """The policy that decides: `COLD_START` while one that relies on the predictor has only a guess."""
-        cold = self.learning and not (self.policy.is_stock or isinstance(self.policy, FixedCap))
-        return COLD_START if cold else self.policy
+        return COLD_START if self.learning and _follows_law(self.policy) else self.policy
 
     @property
     def guidance(self) -> Guidance:
@@ -86,6 +88,7 @@ class Controller:
     def observe(self, outcome: StepOutcome) -> None:
         """Learn from a step the engine ran, planned by `decide` or, where there was nothing to decide, not."""
         self._occupancy = _smooth(self._occupancy, outcome)
+        self._in_force_s += outcome.measured_s
         if outcome.ending is Ending.CLEAN:
             self._correct(outcome)
             if self._learner is not None:
@@ -101,11 +104,23 @@ class Controller:
         knobs: Knobs | None = None,
     ) -> None:
         """Swap parts on a running engine; what was learned about the machine stays unless `latency` is given."""
+        before = self.in_force
         self.policy = policy or self.policy
         self.knobs = knobs or self.knobs
         if latency is not None:
             self.latency = latency
             self._learner, self._learning = None, False
+        self._judge_anew_after(before)
+
+    def _judge_anew_after(self, before: Policy) -> None:
+        """Margin and floor answer to what became of requests under the policy in force, not under another."""
+        if self.in_force == before:
+            return
+        self._in_force_s = 0.0
+        self._margin_offset = 0.0
+        self._finished.clear()
+        self._since_floor = 0
+        self._asked_floor_s = self._floor_s = 0.0
 
     def _fit(self, learner: Learner, outcome: StepOutcome) -> None:
         learner.add(outcome.load, outcome.measured_s)
@@ -113,7 +128,9 @@ class Controller:
         if self._clean_steps % (FIRST_LAW_EVERY_STEPS if self._learning else REFIT_EVERY_STEPS) == 0:
             law = learner.law(capture_sizes=self.latency.capture_sizes)
             if law is not None:
+                before = self.in_force
                 self.latency, self._learning = law, False
+                self._judge_anew_after(before)
 
     def _correct(self, outcome: StepOutcome) -> None:
         """Move s (or, on a prefill-heavy step, q) a little towards measured / predicted."""
@@ -133,9 +150,12 @@ class Controller:
     def _learn(self, request: FinishedRequest) -> None:
         if request.tokens < 2:
             return
+        self._averaged_requests = count = min(self._averaged_requests + 1, HISTORY_REQUESTS)
+        self._mean_output_tokens += (request.tokens - self._mean_output_tokens) / count
+        self._mean_path_tokens += (request.critical_path_tokens - self._mean_path_tokens) / count
+        if not _follows_law(self.in_force) or request.residence_s > self._in_force_s:
+            return
         self._finished.append(request)
-        self._mean_output_tokens += (request.tokens - self._mean_output_tokens) / len(self._finished)
-        self._mean_path_tokens += (request.critical_path_tokens - self._mean_path_tokens) / len(self._finished)
         # Integral action, at rest when `miss_target` of the requests miss and would not have without extras. The
         # knob is its least: a calm spell must not spend what the next prediction errors need.
         without_extras = replace(request, residence_s=request.residence_s - request.externality_s)
@@ -149,6 +169,11 @@ class Controller:
                 list(self._finished), self._occupancy, self.latency, in_force=self._floor_s > 0.0
             )
             self._floor_s, self._asked_floor_s = min(asked_s, self._asked_floor_s), asked_s
+
+
+def _follows_law(policy: Policy) -> bool:
+    """Whether it plans by predictions; else there is nothing that margin or floor could correct."""
+    return not (policy.is_stock or isinstance(policy, FixedCap))
 
 
 def _nudge(current: float, ratio: float, rate: float, limit: float) -> float:
