@@ -2,6 +2,9 @@
 
     python benchmarks/ablation.py [--hardware NAME] [--seeds N] [--scenarios NAMES] [--without PARTS] [--json PATH]
 
+An hour and a half on two cores for everything. The file of --json is written after each part, and parts that are in it
+already are not run again.
+
 Per part: mean over the scenarios of goodput and of utility (goodput x min(1, attainment / 0.95)^4) against the whole
 controller, medians over the seeds, and the scenario that suffers most. Every run is that of `taper simulate`.
 """
@@ -94,9 +97,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine, scenarios = hardware(options.hardware), options.scenarios.split(",")
+    asked = {"hardware": options.hardware, "seeds": options.seeds, "scenarios": scenarios}
     found: dict[str, dict[str, tuple[float, float]]] = {}
+    if options.json and options.json.exists():
+        kept = json.loads(options.json.read_text())
+        if kept["asked"] != asked:
+            parser.error(f"{options.json} holds other runs: {kept['asked']}")
+        found = kept["results"]
+    whole = options.without.split(",")[0]
     with ProcessPoolExecutor(2) as pool:
         for name in options.without.split(","):
+            if name in found:
+                _print(name, found[name], found[whole])
+                continue
             cases = [
                 (name, sim.Case(scenario=load(scenario), machine=machine, policy="taper", seed=seed))
                 for scenario in scenarios
@@ -109,9 +122,10 @@ def main() -> None:
                     statistics.median(goodput for goodput, _ in mine),
                     statistics.median(attainment for _, attainment in mine),
                 )
-            _print(name, found[name], found[options.without.split(",")[0]])
-    if options.json:
-        options.json.write_text(json.dumps({"schema": "taper.ablation/1", "results": found}, indent=1) + "\n")
+            _print(name, found[name], found[whole])
+            if options.json:
+                kept = {"schema": "taper.ablation/1", "asked": asked, "results": found}
+                options.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _print(name: str, mine: dict[str, tuple[float, float]], whole: dict[str, tuple[float, float]]) -> None:

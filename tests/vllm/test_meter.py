@@ -28,32 +28,42 @@ def step(index=0, predicted_s=0.02, **kwargs):
     )
 
 
-def warm_meter():
+def warm_meter(now_s=0.0):
     meter = StepMeter()
     for _ in range(WARMUP_STEPS):
         output = object()
-        meter.scheduled(step(), output, 0.0)
-        assert meter.updated(output, 0.0).ending is Ending.IGNORED
+        meter.scheduled(step(), output, now_s)
+        assert meter.updated(output, now_s).ending is Ending.IGNORED
     return meter
 
 
 def test_overlapping_steps_are_timed_from_the_update_before():
     """N+1 is scheduled at 1.01 while N runs until 1.03; N+1 comes back at 1.055, so it took 25 ms."""
-    meter, (first, second) = warm_meter(), (object(), object())
+    meter, (first, second) = warm_meter(now_s=1.00), (object(), object())
     meter.scheduled(step(1), first, 1.00)
     meter.scheduled(step(2), second, 1.01)
     one, two = meter.updated(first, 1.03), meter.updated(second, 1.055)
     assert (one.step, one.measured_s, one.ending) == (1, pytest.approx(0.03), Ending.CLEAN)
     assert (two.step, two.measured_s, two.ending) == (2, pytest.approx(0.025), Ending.CLEAN)
+    assert (one.time_s, two.time_s) == (1.00, 1.03)
     assert len(meter) == 0
 
 
-def test_lone_steps_are_timed_from_their_schedule():
+def test_what_the_host_does_between_two_steps_belongs_to_the_second():
     meter, (first, second) = warm_meter(), (object(), object())
-    meter.scheduled(step(), first, 1.0)
-    assert meter.updated(first, 1.02).measured_s == pytest.approx(0.02)
-    meter.scheduled(step(), second, 1.05)
-    assert meter.updated(second, 1.08).measured_s == pytest.approx(0.03)
+    meter.scheduled(step(), first, 0.0)
+    meter.updated(first, 1.00)
+    meter.scheduled(step(), second, 1.005)  # planned and packed for 5 ms
+    assert meter.updated(second, 1.03).measured_s == pytest.approx(0.03)
+
+
+def test_a_step_after_a_pause_is_timed_from_its_schedule():
+    meter, (first, second) = warm_meter(), (object(), object())
+    meter.scheduled(step(), first, 0.0)
+    meter.updated(first, 1.00)
+    meter.interrupted()
+    meter.scheduled(step(), second, 9.00)
+    assert meter.updated(second, 9.02).measured_s == pytest.approx(0.02)
 
 
 def test_the_sample_after_a_pause_is_ignored():
@@ -78,8 +88,8 @@ def test_overruns_until_it_is_the_predictor_that_is_off():
     meter, endings = warm_meter(), []
     for index in range(OVERRUN_STREAK + 2):
         output = object()
-        meter.scheduled(step(predicted_s=0.01), output, float(index))
-        endings.append(meter.updated(output, index + 0.0501).ending)
+        meter.scheduled(step(predicted_s=0.01), output, index * 0.0501)
+        endings.append(meter.updated(output, (index + 1) * 0.0501).ending)
     assert endings == [Ending.OVERRUN] * OVERRUN_STREAK + [Ending.CLEAN] * 2
 
 

@@ -1,10 +1,9 @@
-"""From the records of a bench run to a `Hardware`: the law while a server serves, the time between steps, the noise.
+"""From the records of a bench run to a `Hardware`: the law while a server serves, the noise, the ways in and out.
 
-The law is fitted as a calibration's is. It differs from a calibration's where the server's and the client's own work
-share the cores with the model: there a row costs more. The rest comes from pairs of consecutive steps of a window,
-their times and the client's on one clock:
+The law is fitted as a calibration's is, to what steps took without their decision. It differs from a calibration's
+where the server's and the client's own work share the cores with the model: there a row costs more. The rest comes
+from the windows' steps in their order, their times and the client's on one clock:
 
-    host_s      mean of (next step's start - this one's - this one's duration - the next one's planning)
     planner_s   mean time of a decision, over the steps that took one
     noise       standard deviation of log(measured / law) around the window's mean
     slow part   its autocorrelation r(k) = slow_share * exp(-k / slow_steps), through r(2) and r(10)
@@ -16,9 +15,8 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -28,7 +26,6 @@ from taper.core.types import ConfigError, Floats
 from taper.records import RequestRecord, StepRecord
 from taper.sim.hardware import Hardware
 
-IDLE_S = 50e-3  # a longer pause between two steps is one without work
 NEAR, FAR = 2, 10  # steps: lags at which the autocorrelation is read; at 1 a step also pays for the last one
 FEWEST_STEPS = 1000
 
@@ -58,8 +55,13 @@ def _samples(steps: Sequence[StepRecord]) -> Samples:
         rows=np.array([step.rows for step in steps]),
         context_tokens=np.array([step.context_tokens for step in steps]),
         prefill_tokens=np.array([step.prefill_tokens for step in steps]),
-        measured_s=np.array([step.measured_s for step in steps]),
+        measured_s=np.array([_executed_s(step) for step in steps]),
     )
+
+
+def _executed_s(step: StepRecord) -> float:
+    """Without the decision. Never 0."""
+    return max((step.measured_s or 0.0) - (step.planner_s or 0.0), 1e-9)
 
 
 def _beside(
@@ -71,19 +73,18 @@ def _beside(
         windows.setdefault(step.window, []).append(step)
     for records in windows.values():
         records.sort(key=lambda step: step.step)
-    gaps_s, planned_s, residuals = [], [], []
+    planned_s, residuals = [], []
     for records in windows.values():
-        logs = []
-        for step, gap_s, planner_s in _pairs(records):
-            gaps_s.append(gap_s - planner_s)
-            planned_s += [planner_s] if planner_s else []
-            if step.ending == "clean":
-                law_s = law.predict(step.rows, step.context_tokens, step.prefill_tokens)
-                logs.append(math.log((step.measured_s or law_s) / law_s))
+        clean = [step for step in records if step.ending == "clean" and step.measured_s]
+        planned_s += [step.planner_s for step in clean if step.planner_s]
+        logs = [
+            math.log(_executed_s(step) / law.predict(step.rows, step.context_tokens, step.prefill_tokens))
+            for step in clean
+        ]
         if len(logs) > FAR:
             residuals.append(np.array(logs) - statistics.fmean(logs))
     if not residuals:
-        raise ConfigError(f"no window has {FAR} consecutive steps")
+        raise ConfigError(f"no window has more than {FAR} clean steps")
     near, far = (_autocorrelation(residuals, lag) for lag in (NEAR, FAR))
     if 0 < far < near:
         slow_steps = (FAR - NEAR) / math.log(near / far)
@@ -92,23 +93,12 @@ def _beside(
         slow_steps, slow_share = 1.0, 0.0
     return replace(
         like,
-        host_s=statistics.fmean(gaps_s),
         planner_s=statistics.fmean(planned_s) if planned_s else 0.0,
         turnaround_s=_turnaround_s(windows, requests),
         noise=float(np.concatenate(residuals).std()),
         slow_share=slow_share,
         slow_steps=slow_steps,
     )
-
-
-def _pairs(records: Sequence[StepRecord]) -> Iterator[tuple[StepRecord, float, float]]:
-    """Measured steps that the next one follows at once: (step, seconds between the two, the next one's planning)."""
-    for step, following in pairwise(records):
-        if following.step != step.step + 1 or step.measured_s is None:
-            continue
-        gap_s = following.time_s - step.time_s - step.measured_s
-        if 0 <= gap_s < IDLE_S:
-            yield step, gap_s, following.planner_s or 0.0
 
 
 def _autocorrelation(series: Sequence[Floats], lag: int) -> float:

@@ -49,9 +49,7 @@ class Hardware:
     knee_rows: _Cost = 0.0
     steep_s: _Cost = 0.0
     capture_sizes: tuple[_Count, ...] = ()
-    # Time between two steps that no step's own duration contains, and that of a decision where there is one to take.
-    # Zero where the engine schedules a step while the last one runs.
-    host_s: _Cost = 0.0
+    # Of a decision where there is one to take; zero where the engine schedules a step while the last one runs.
     planner_s: _Cost = 0.0
     turnaround_s: _Cost = 0.0  # from the last token of a request until one that waited for its place is in the engine
     max_batched_tokens: _Count = 2048  # tokens of any kind in one step
@@ -99,7 +97,6 @@ class Hardware:
             context_s=self.context_s * factor,
             prefill_s=self.prefill_s * factor,
             steep_s=self.steep_s * factor,
-            host_s=self.host_s * factor,
             planner_s=self.planner_s * factor,
             turnaround_s=self.turnaround_s * factor,
         )

@@ -249,12 +249,12 @@ class Simulation:
         return step, outcome
 
     def _elapse(self, rows: Rows, decision: Decision) -> StepOutcome:
-        """One step passes: priced, and noted. What the host does before it is in nobody's measurement of a step."""
+        """One step passes: priced, and noted. Where there was something to decide, that took part of it."""
         trace, in_service = self.trace, len(self.batch)
         load = StepLoad(rows=rows.rows, context_tokens=rows.context_tokens, prefill_tokens=rows.prefill_tokens)
-        measured_s = self._cost.seconds(load, self.now_s)
+        measured_s = self._cost.seconds(load, self.now_s) + self._machine.planner_s * decision.is_planned
         predicted_s = self._controller.latency.predict_load(load)
-        self.now_s += measured_s + self._machine.host_s + self._machine.planner_s * decision.is_planned
+        self.now_s += measured_s
         self._externality_s += decision.externality_s
         trace.end_s.append(self.now_s)
         trace.step_s.append(measured_s)

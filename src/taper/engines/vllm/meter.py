@@ -2,11 +2,13 @@
 
 vLLM hands each SchedulerOutput back in the order it was scheduled, so a FIFO pairs plan and outcome:
 
-    latency(N) = t_update(N) - max(t_schedule_exit(N), t_update(N-1))
+    latency(N) = t_update(N) - t_update(N-1)        where the engine went on
+                 t_update(N) - t_schedule_exit(N)   after a pause
 
-which under async scheduling leaves out the time step N waited behind step N-1. A sample says nothing about
-the step's load, and is ignored, after an empty step, after an idle gap, in the first steps of an engine's
-life and where a row was preempted.
+The first is what a token costs whoever waits for it. Under async scheduling it leaves out the time that step N waited
+behind step N-1; without, it includes what the host does in between, planning as well: left out, every request would be
+late by it and no step to blame. A sample says nothing about the step's load, and is ignored, after an empty step, after
+an idle gap, in the first steps of an engine's life and where a row was preempted.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Step:
     """One scheduled step, from `schedule()` to its update. Fields as in the step record on the wire."""
 
     step: int
-    time_s: float
+    time_s: float  # of its schedule and, once it is over, when it began
     policy: str
     load: StepLoad
     groups: int
@@ -49,7 +51,7 @@ class Step:
     is_representative: bool = True
     output: Any = None  # vLLM's SchedulerOutput until the step is over
     decision: Decision | None = None  # where steps are traced
-    exit_s: float = 0.0
+    begun_s: float = -math.inf  # after a pause; else it begins where the step before ends
     measured_s: float = math.nan
     tokens: int = 0  # that it brought
     ending: Ending = Ending.IGNORED
@@ -143,7 +145,9 @@ class StepMeter:
 
     def scheduled(self, step: Step, output: Any, exit_s: float) -> None:
         """A non-empty step went off at `exit_s`."""
-        step.output, step.exit_s = output, exit_s
+        step.output = output
+        if self._is_gap:
+            step.begun_s = exit_s
         self._steps += 1
         step.is_representative &= not self._is_gap and self._steps > WARMUP_STEPS
         self._is_gap = False
@@ -160,7 +164,8 @@ class StepMeter:
         while (step := self._in_flight.popleft()).output is not output:
             pass  # its update never came: the engine dropped the batch
         step.output = None
-        step.measured_s = now_s - max(step.exit_s, self._last_update_s)
+        step.time_s = max(step.begun_s, self._last_update_s)
+        step.measured_s = now_s - step.time_s
         self._last_update_s = now_s
         step.ending = self._ending(step)
         return step
