@@ -2,11 +2,12 @@
 
     python benchmarks/ablation.py [--hardware NAME] [--seeds N] [--scenarios NAMES] [--without PARTS] [--json PATH]
 
-An hour and a half on two cores for everything. The file of --json is written after each part, and parts that are in it
-already are not run again.
+Half an hour to an hour and a half on two cores for everything. The file of --json is written after each part, and parts
+that are in it already are not run again.
 
-Per part: mean over the scenarios of goodput and of utility (goodput x min(1, attainment / 0.95)^4) against the whole
-controller, medians over the seeds, and the scenario that suffers most. Every run is that of `taper simulate`.
+Per part, against the whole controller and in medians over the seeds: goodput and the change in attainment, means over
+the scenarios, how many of them lose half a per cent of the goodput or half a point, how many gain as much, and the
+scenario that suffers most. Every run is that of `taper simulate`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from taper.core.types import Knobs
 from taper.sim.hardware import hardware
 from taper.sim.scenario import load, names
 
-TARGET = 0.95
+SMALL = 0.005
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ VARIANTS = {
     "predictor correction": Variant(replace(BASE, correction_rate=0.0)),
     "pacing (H = 1)": Variant(replace(BASE, horizon_steps=1)),
     "debt over a life": Variant(replaced={"slack.allowed_s": _debt_over_the_horizon}),
-    "bank (4096 SLOs)": Variant(replace(BASE, bank_slos=4096)),
     "margin (0)": Variant(replace(BASE, margin=0.0)),
     "quantum (1)": Variant(replace(BASE, quantum_tokens=1)),
 }
@@ -82,10 +82,6 @@ def run(case: tuple[str, sim.Case]) -> tuple[float, float]:
         for path, original in shipped.items():
             setattr(modules[path.split(".")[0]], path.split(".")[1], original)
     return summary.goodput_tok_s, summary.attainment or 0.0
-
-
-def utility(goodput: float, attainment: float) -> float:
-    return goodput * min(1.0, attainment / TARGET) ** 4
 
 
 def main() -> None:
@@ -129,12 +125,14 @@ def main() -> None:
 
 
 def _print(name: str, mine: dict[str, tuple[float, float]], whole: dict[str, tuple[float, float]]) -> None:
-    goodput = statistics.mean(mine[s][0] / whole[s][0] for s in whole if whole[s][0])
-    ratios = {s: utility(*mine[s]) / utility(*whole[s]) for s in whole if utility(*whole[s])}
-    worst = min(ratios, key=ratios.__getitem__)
+    ratio = {s: mine[s][0] / whole[s][0] for s in whole}
+    points = {s: 100 * (mine[s][1] - whole[s][1]) for s in whole}
+    loses = [s for s in whole if ratio[s] < 1 - SMALL or points[s] < -100 * SMALL]
+    gains = [s for s in whole if (ratio[s] > 1 + SMALL or points[s] > 100 * SMALL) and s not in loses]
+    worst = min(whole, key=lambda s: ratio[s] + points[s] / 100)
     print(
-        f"| {name:24} | {goodput:.3f} | {statistics.mean(ratios.values()):.3f} | {worst} "
-        f"{mine[worst][0]:.0f} / {mine[worst][1]:.3f}, with it {whole[worst][0]:.0f} / {whole[worst][1]:.3f} |",
+        f"| {name} | {statistics.mean(ratio.values()):.3f} | {statistics.mean(points.values()):+.1f} |"
+        f" {len(loses)} | {len(gains)} | `{worst}` {ratio[worst]:.2f}, {points[worst]:+.1f} |",
         flush=True,
     )
 

@@ -5,7 +5,7 @@ from taper.core import slack
 from taper.core.types import Knobs
 from tests.core.views import branching, make_view, serial
 
-KNOBS = Knobs(bank_slos=64, horizon_steps=16, margin=0.0, lookahead_tokens=32)
+KNOBS = Knobs(horizon_steps=16, margin=0.0, lookahead_tokens=32)
 
 
 def allowed(view, live, *, margin=0.0, path=100.0):
@@ -49,11 +49,6 @@ def test_remaining_is_up_to_twice_the_usual_length_but_never_less_than_the_looka
     view = make_view(serial(tokens=50), serial(tokens=190), branching(8, tokens=190), branching(2, tokens=20))
     remaining = slack.remaining_tokens(view, np.array([1, 1, 8, 2]), knobs=KNOBS, mean_output_tokens=100.0)
     assert remaining.tolist() == [150.0, 32.0, 8 * 32.0, 180.0]
-
-
-def test_credit_beyond_the_bank_buys_nothing():
-    view = make_view(serial(tokens=1001), serial(tokens=100_001))
-    assert allowed(view, [1, 1]) == pytest.approx([0.05 + 64 * 0.05 / 16] * 2)
 
 
 def test_margin_shortens_what_the_slo_allows_and_not_the_credit():

@@ -32,7 +32,7 @@ MAX_TOKENS = 40
 # and kept so, that no real step tells under the SLO.
 CONFIG = ServerConfig(
     slo=Slo(tpot_s=37.0),
-    knobs=Knobs(margin=0.0, bank_slos=1, correction_rate=0.0, throughput_floor=0),
+    knobs=Knobs(margin=0.0, horizon_steps=1024, correction_rate=0.0, throughput_floor=0),
     profile=Profile(
         key=ProfileKey(model="any", dtype="float32", device="any", parallel="tp1-pp1-dp1", vllm="any"),
         coefficients={"base_s": 1.0, "row_s": 5.0, "context_s": 0.0, "prefill_s": 0.0},

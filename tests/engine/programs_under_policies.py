@@ -43,7 +43,7 @@ LAW = Profile(
     key=ProfileKey(model="any", dtype="float32", device="any", parallel="tp1-pp1-dp1", vllm="any"),
     coefficients={"base_s": 1e-6, "row_s": 0.3, "context_s": 0.0, "prefill_s": 1e-6},
 )
-SETTINGS = {"tpot_slo_s": 1.0, "knobs": {"bank_slos": 1, "correction_rate": 0.0}, "profile": LAW.to_json()}
+SETTINGS = {"tpot_slo_s": 1.0, "knobs": {"horizon_steps": 1024, "correction_rate": 0.0}, "profile": LAW.to_json()}
 
 
 @dataclass(slots=True)

@@ -49,16 +49,15 @@ def allowed_s(
     """Longest step each request can take with all its `live` branches running.
 
         SLO * (1 - margin) * tokens it gets + paced
-        paced = min(credit, bank * SLO) / H               credit is spent over H steps
+        paced = credit / H                                credit is spent over H steps
         paced = credit / max(H, mean path)                debt is repaid over the steps a request usually lives
 
     With drafts a row brings `tokens_per_row` tokens in a step, and a path takes as many fewer steps.
 
-    Pacing credit leaves something for the next spike; the bank keeps a request that ran fast for long from being
-    stalled for long. Debt repaid any faster would throttle the very rows that repay it.
+    Pacing credit leaves something for the next spike. Debt repaid any faster would throttle the rows that repay it.
     """
     slo, horizon = view.tpot_slo_s, knobs.horizon_steps
-    spent = np.minimum(np.maximum(credit, 0.0), knobs.bank_slos * slo) / horizon
+    spent = np.maximum(credit, 0.0) / horizon
     repaid = np.minimum(credit, 0.0) / max(horizon, mean_path_tokens / view.tokens_per_row)
     allowed: Floats = slo * ((1.0 - margin) * view.tokens_per_row) * live + (spent + repaid)
     return allowed

@@ -64,7 +64,6 @@ class Knobs:
     horizon_steps: float = knob(
         16, low=1, high=1024, unit="steps", doc="steps over which a credit is spent, and the fewest for repaying a debt"
     )
-    bank_slos: float = knob(64, low=1, high=4096, unit="SLOs", doc="credit a request may bring to one decision")
     lookahead_tokens: float = knob(
         64, low=1, high=65536, unit="tokens", doc="least remaining length assumed when judging a request hopeless"
     )
