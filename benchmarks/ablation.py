@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import taper.sim.run as sim
+from taper.bench.machine import commit
 from taper.core import policies, slack
 from taper.core.types import Knobs
 from taper.sim.hardware import hardware
@@ -93,12 +94,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     machine, scenarios = hardware(options.hardware), options.scenarios.split(",")
-    asked = {"hardware": options.hardware, "seeds": options.seeds, "scenarios": scenarios}
+    asked = {"commit": commit(), "hardware": options.hardware, "seeds": options.seeds, "scenarios": scenarios}
     found: dict[str, dict[str, tuple[float, float]]] = {}
     if options.json and options.json.exists():
         kept = json.loads(options.json.read_text())
-        if kept["asked"] != asked:
-            parser.error(f"{options.json} holds other runs: {kept['asked']}")
+        if kept.get("asked") != asked:
+            parser.error(f"{options.json} holds other runs: {kept.get('asked')}")
         found = kept["results"]
     whole = options.without.split(",")[0]
     with ProcessPoolExecutor(2) as pool:
@@ -118,14 +119,14 @@ def main() -> None:
                     statistics.median(goodput for goodput, _ in mine),
                     statistics.median(attainment for _, attainment in mine),
                 )
-            _print(name, found[name], found[whole])
             if options.json:
                 kept = {"schema": "taper.ablation/1", "asked": asked, "results": found}
                 options.json.write_text(json.dumps(kept, indent=1) + "\n")
+            _print(name, found[name], found[whole])
 
 
 def _print(name: str, mine: dict[str, tuple[float, float]], whole: dict[str, tuple[float, float]]) -> None:
-    ratio = {s: mine[s][0] / whole[s][0] for s in whole}
+    ratio = {s: mine[s][0] / whole[s][0] if whole[s][0] else 1.0 for s in whole}
     points = {s: 100 * (mine[s][1] - whole[s][1]) for s in whole}
     loses = [s for s in whole if ratio[s] < 1 - SMALL or points[s] < -100 * SMALL]
     gains = [s for s in whole if (ratio[s] > 1 + SMALL or points[s] > 100 * SMALL) and s not in loses]

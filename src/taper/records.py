@@ -111,7 +111,11 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One engine step, as planned and as measured. None stands for an unbounded or unknown number."""
+    """One engine step, as planned and as measured. None stands for an unbounded or unknown number.
+
+    `measured_s` counts from the end of the step before, decision and host included, or after a pause from this one's
+    schedule; `time_s` is that moment.
+    """
 
     __pydantic_config__ = _STRICT
 

@@ -123,6 +123,21 @@ def test_margin_and_floor_answer_to_the_policy_in_force_alone():
     assert (c.guidance.margin, c.guidance.floor_s) == (c.knobs.margin, 0.0)
 
 
+def test_a_plug_in_policy_posted_again_is_the_same_policy():
+    class Mine:
+        name, is_stock = "mine", False
+
+        def __eq__(self, other):
+            raise AssertionError("compared")
+
+        __hash__ = None
+
+    c = Controller(latency=LAW, policy=Mine(), knobs=Knobs(margin_gain=0.01))
+    c.observe(outcome(0.06, finished=[finished(5.5, externality_s=1.0)] * 5))
+    c.replace(policy=Mine())
+    assert c.guidance.margin > c.knobs.margin
+
+
 def test_the_cold_start_leaves_neither_margin_nor_floor_behind():
     c = Controller(latency=LAW, policy=resolve("taper"), knobs=Knobs(), learn=True)
     c.observe(outcome(0.06, finished=[finished(5.5, externality_s=1.0)] * 20, requests=45))

@@ -75,13 +75,32 @@ def test_the_sample_after_a_pause_is_ignored():
     assert meter.updated(outputs[1], 1.04).ending is Ending.CLEAN
 
 
+def test_standing_still_without_an_empty_step_is_a_pause_too():
+    """Every request waits for streamed input: vLLM takes no step at all."""
+    meter, outputs = warm_meter(now_s=1.0), [object(), object()]
+    meter.scheduled(step(), outputs[0], 1.06)
+    late = meter.updated(outputs[0], 1.08)
+    assert (late.measured_s, late.ending) == (pytest.approx(0.02), Ending.IGNORED)
+    meter.scheduled(step(), outputs[1], 1.10)
+    in_time = meter.updated(outputs[1], 1.12)
+    assert (in_time.measured_s, in_time.ending) == (pytest.approx(0.04), Ending.CLEAN)
+
+
 def test_an_empty_steps_update_and_a_lost_one():
     meter, outputs = warm_meter(), [object(), object()]
     assert meter.updated(object(), 1.0) is None
     meter.scheduled(step(1), outputs[0], 1.0)
     meter.scheduled(step(2), outputs[1], 1.0)
-    assert meter.updated(outputs[1], 1.02).step == 2
+    two = meter.updated(outputs[1], 1.02)
+    assert (two.step, two.measured_s) == (2, pytest.approx(0.02))  # from the pause before the lost one on
     assert len(meter) == 0
+
+
+def test_an_engines_first_step_is_lost():
+    meter, outputs = StepMeter(), [object(), object()]
+    meter.scheduled(step(1), outputs[0], 1.0)
+    meter.scheduled(step(2), outputs[1], 1.0)
+    assert meter.updated(outputs[1], 1.02).measured_s == pytest.approx(0.02)
 
 
 def test_overruns_until_it_is_the_predictor_that_is_off():

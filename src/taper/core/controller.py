@@ -114,7 +114,7 @@ class Controller:
 
     def _judge_anew_after(self, before: Policy) -> None:
         """Margin and floor answer to what became of requests under the policy in force, not under another."""
-        if self.in_force == before:
+        if self.in_force.name == before.name:
             return
         self._in_force_s = 0.0
         self._margin_offset = 0.0

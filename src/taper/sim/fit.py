@@ -55,12 +55,12 @@ def _samples(steps: Sequence[StepRecord]) -> Samples:
         rows=np.array([step.rows for step in steps]),
         context_tokens=np.array([step.context_tokens for step in steps]),
         prefill_tokens=np.array([step.prefill_tokens for step in steps]),
-        measured_s=np.array([_executed_s(step) for step in steps]),
+        measured_s=np.array([executed_s(step) for step in steps]),
     )
 
 
-def _executed_s(step: StepRecord) -> float:
-    """Without the decision. Never 0."""
+def executed_s(step: StepRecord) -> float:
+    """Measured time without the decision, which is part of it where an engine decides between steps. Never 0."""
     return max((step.measured_s or 0.0) - (step.planner_s or 0.0), 1e-9)
 
 
@@ -78,7 +78,7 @@ def _beside(
         clean = [step for step in records if step.ending == "clean" and step.measured_s]
         planned_s += [step.planner_s for step in clean if step.planner_s]
         logs = [
-            math.log(_executed_s(step) / law.predict(step.rows, step.context_tokens, step.prefill_tokens))
+            math.log(executed_s(step) / law.predict(step.rows, step.context_tokens, step.prefill_tokens))
             for step in clean
         ]
         if len(logs) > FAR:

@@ -36,10 +36,13 @@ def events(decisions: Iterable[Decision]) -> Iterator[dict[str, Any]]:
     yield _meta("thread_name", ENGINE, 1, "planned steps")
     slices: dict[tuple[int, int], tuple[str, float, float]] = {}  # (request, branch) -> state, from, last seen until
     named: set[int] = set()
+    shown: tuple[Decision, float, float] | None = None  # the step before, its start and its length
     for decision in decisions:
         start_s = decision.view.now_s
         length_s = decision.measured_s if math.isfinite(decision.measured_s) else decision.plan.predicted_s
-        yield from _step(decision, start_s, length_s)
+        if shown is not None:  # a length counts from the end of the step before, which no decision knows
+            yield from _step(shown[0], shown[1], min(shown[2], start_s - shown[1]))
+        shown = (decision, start_s, length_s)
         for request in decision.requests.tolist():
             if request not in named:
                 named.add(request)
@@ -55,6 +58,8 @@ def events(decisions: Iterable[Decision]) -> Iterator[dict[str, Any]]:
             if before is not None:
                 yield _slice(key, before, start_s)
             slices[key] = (state, start_s, start_s + length_s)
+    if shown is not None:
+        yield from _step(*shown)
     for key, last in slices.items():
         yield _slice(key, last, math.inf)
 

@@ -8,7 +8,8 @@ vLLM hands each SchedulerOutput back in the order it was scheduled, so a FIFO pa
 The first is what a token costs whoever waits for it. Under async scheduling it leaves out the time that step N waited
 behind step N-1; without, it includes what the host does in between, planning as well: left out, every request would be
 late by it and no step to blame. A sample says nothing about the step's load, and is ignored, after an empty step, after
-an idle gap, in the first steps of an engine's life and where a row was preempted.
+a pause, in the first steps of an engine's life and where a row was preempted. Nothing in flight for IDLE_S is a pause,
+too: an engine whose requests all wait for streamed input, or whose scheduler is paused, takes no empty steps.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from taper.core.types import Ending, StepLoad
 from taper.trace.decision import Decision
 
 WARMUP_STEPS = 4
+IDLE_S = 50e-3  # with nothing in flight: the host's work between two steps takes no longer
 OVERRUN_RATIO = 5.0  # measured / predicted beyond which a sample is a hiccup
 OVERRUN_STREAK = 8  # ... unless that many come in a row: then it is the predictor that is off
 PLANNER_SAMPLES = 4096
@@ -146,6 +148,7 @@ class StepMeter:
     def scheduled(self, step: Step, output: Any, exit_s: float) -> None:
         """A non-empty step went off at `exit_s`."""
         step.output = output
+        self._is_gap |= not self._in_flight and exit_s - self._last_update_s > IDLE_S
         if self._is_gap:
             step.begun_s = exit_s
         self._steps += 1
@@ -161,10 +164,11 @@ class StepMeter:
         """The step that `output` belongs to, now with `measured_s` and `ending`; None for an empty step."""
         if not any(step.output is output for step in self._in_flight):
             return None
+        begun_s = self._last_update_s
         while (step := self._in_flight.popleft()).output is not output:
-            pass  # its update never came: the engine dropped the batch
+            begun_s = max(begun_s, step.begun_s)  # its update never came: the engine dropped the batch
         step.output = None
-        step.time_s = max(step.begun_s, self._last_update_s)
+        step.time_s = max(step.begun_s, begun_s)
         step.measured_s = now_s - step.time_s
         self._last_update_s = now_s
         step.ending = self._ending(step)
