@@ -139,6 +139,14 @@ def test_a_simulation_has_a_panel_per_scenario() -> None:
     assert ev.panel(fleet) == "knee, 4 replicas, round-robin"
 
 
+def test_the_load_axis_says_what_the_load_is_relative_to() -> None:
+    bench, contended = run("off", 1.0, 0, 1.0), run("off", 1.0, 0, 1.0, scenario="contended", hardware="m")
+    scenario = run("off", 1.0, 0, 1.0, scenario="headline", hardware="m")
+    assert ev.abscissa([bench, contended])[1] == "offered load, × what fits the SLO by the law"
+    assert ev.abscissa([scenario])[1] == "offered load, × what is served half-way between off and eager"
+    assert ev.abscissa([bench, scenario])[1] == "offered load, × each panel's own unit"
+
+
 def test_policies_have_one_order_everywhere() -> None:
     names = ["taper", "mine", "eager", "cap:5", "taper-paper", "off", "cap:2", "stock"]
     assert ev.policy_order(names) == ["stock", "off", "cap:2", "cap:5", "eager", "taper-paper", "taper", "mine"]

@@ -69,10 +69,18 @@ def panel(conditions: Conditions) -> str:
     return ", ".join(part for part in parts if part) or "all runs"
 
 
+LOAD_UNITS = {  # of `taper bench` and the scenario that simulates it, and of the scenarios in files
+    "law": "what fits the SLO by the law",
+    "scenario": "what is served half-way between off and eager",
+}
+
+
 def abscissa(runs: Sequence[Run]) -> tuple[str, str]:
     """Which field of the conditions is the load axis, and its title."""
     if all(run.conditions.load is not None for run in runs):
-        return "load", "offered load, × what fits the SLO by the law"
+        units = {"law" if run.conditions.scenario in (None, "contended") else "scenario" for run in runs}
+        of = LOAD_UNITS[units.pop()] if len(units) == 1 else "each panel's own unit"
+        return "load", f"offered load, × {of}"
     return "rate_rps", "offered load, requests/s"
 
 
