@@ -104,24 +104,22 @@ def main() -> None:
     whole = options.without.split(",")[0]
     with ProcessPoolExecutor(2) as pool:
         for name in options.without.split(","):
-            if name in found:
-                _print(name, found[name], found[whole])
-                continue
-            cases = [
-                (name, sim.Case(scenario=load(scenario), machine=machine, policy="taper", seed=seed))
-                for scenario in scenarios
-                for seed in range(options.seeds)
-            ]
-            results = list(pool.map(run, cases))
-            for at, scenario in enumerate(scenarios):
-                mine = results[at * options.seeds : (at + 1) * options.seeds]
-                found.setdefault(name, {})[scenario] = (
-                    statistics.median(goodput for goodput, _ in mine),
-                    statistics.median(attainment for _, attainment in mine),
-                )
-            if options.json:
-                kept = {"schema": "taper.ablation/1", "asked": asked, "results": found}
-                options.json.write_text(json.dumps(kept, indent=1) + "\n")
+            if name not in found:
+                cases = [
+                    (name, sim.Case(scenario=load(scenario), machine=machine, policy="taper", seed=seed))
+                    for scenario in scenarios
+                    for seed in range(options.seeds)
+                ]
+                results = list(pool.map(run, cases))
+                for at, scenario in enumerate(scenarios):
+                    mine = results[at * options.seeds : (at + 1) * options.seeds]
+                    found.setdefault(name, {})[scenario] = (
+                        statistics.median(goodput for goodput, _ in mine),
+                        statistics.median(attainment for _, attainment in mine),
+                    )
+                if options.json:
+                    kept = {"schema": "taper.ablation/1", "asked": asked, "results": found}
+                    options.json.write_text(json.dumps(kept, indent=1) + "\n")
             _print(name, found[name], found[whole])
 
 

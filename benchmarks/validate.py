@@ -27,7 +27,7 @@ from taper.core.types import ConfigError, Slo
 from taper.profile import parse_profile
 from taper.records import step_file
 from taper.results import Run, document, read_runs
-from taper.sim.fit import executed_s
+from taper.sim.fit import clean_steps, executed_s
 from taper.sim.hardware import Hardware, hardware
 from taper.sim.run import Case, simulate, window_of
 from taper.sim.scenario import of_regime, settle
@@ -53,10 +53,9 @@ class Sweep:
 def paces(path: Path, law: LinearLatency) -> dict[str, float]:
     """Geometric mean of measured / predicted over the clean steps of each window, decisions left out of both."""
     logs: dict[str, list[float]] = {}
-    for step in step_file().read(path / "steps.jsonl"):
-        if step.ending == "clean" and step.measured_s:
-            predicted_s = law.predict(step.rows, step.context_tokens, step.prefill_tokens)
-            logs.setdefault(step.window, []).append(math.log(executed_s(step) / predicted_s))
+    for step in clean_steps(step_file().read(path / "steps.jsonl")):
+        predicted_s = law.predict(step.rows, step.context_tokens, step.prefill_tokens)
+        logs.setdefault(step.window, []).append(math.log(executed_s(step) / predicted_s))
     return {window: math.exp(statistics.fmean(values)) for window, values in logs.items()}
 
 

@@ -57,9 +57,8 @@ def allowed_s(
     Pacing credit leaves something for the next spike. Debt repaid any faster would throttle the rows that repay it.
     """
     slo, horizon = view.tpot_slo_s, knobs.horizon_steps
-    spent = np.maximum(credit, 0.0) / horizon
-    repaid = np.minimum(credit, 0.0) / max(horizon, mean_path_tokens / view.tokens_per_row)
-    allowed: Floats = slo * ((1.0 - margin) * view.tokens_per_row) * live + (spent + repaid)
+    paced = credit / np.where(credit > 0.0, horizon, max(horizon, mean_path_tokens / view.tokens_per_row))
+    allowed: Floats = slo * ((1.0 - margin) * view.tokens_per_row) * live + paced
     return allowed
 
 

@@ -35,7 +35,7 @@ def fitted(steps: Sequence[StepRecord], requests: Iterable[RequestRecord], like:
 
     Raises `ConfigError` for fewer than a thousand usable steps.
     """
-    clean = [step for step in steps if step.ending == "clean" and step.measured_s]
+    clean = clean_steps(steps)
     if len(clean) < FEWEST_STEPS:
         raise ConfigError(f"{len(clean)} clean steps, fewer than {FEWEST_STEPS}: run taper bench with --steps")
     law = fit(_samples(clean), capture_sizes=like.capture_sizes).latency
@@ -59,6 +59,11 @@ def _samples(steps: Sequence[StepRecord]) -> Samples:
     )
 
 
+def clean_steps(steps: Iterable[StepRecord]) -> list[StepRecord]:
+    """Those whose measured time says something about their load."""
+    return [step for step in steps if step.ending == "clean" and step.measured_s]
+
+
 def executed_s(step: StepRecord) -> float:
     """Measured time without the decision, which is part of it where an engine decides between steps. Never 0."""
     return max((step.measured_s or 0.0) - (step.planner_s or 0.0), 1e-9)
@@ -75,7 +80,7 @@ def _beside(
         records.sort(key=lambda step: step.step)
     planned_s, residuals = [], []
     for records in windows.values():
-        clean = [step for step in records if step.ending == "clean" and step.measured_s]
+        clean = clean_steps(records)
         planned_s += [step.planner_s for step in clean if step.planner_s]
         logs = [
             math.log(executed_s(step) / law.predict(step.rows, step.context_tokens, step.prefill_tokens))
